@@ -1,0 +1,58 @@
+"""Clip, normalise or skip JAX updates by the norm of any group of the tree.
+
+Split an update into groups (`groups`), measure a norm of each (`norms`), compare it with a limit (`limits`),
+and multiply each group by what the response (`responses`) says.
+"""
+
+from optaxclip import groups, limits, norms, responses
+from optaxclip._base import Context, Groups, Leaf, Limit, Member, Norm, Response, Stats, Table
+from optaxclip._describe import describe
+from optaxclip._elementwise import ClipByValueState, clip_by_value
+from optaxclip._metrics import metrics
+from optaxclip._named import (
+    adaptive_grad_clip,
+    clip_by_block_rms,
+    clip_by_global_norm,
+    clip_by_groupwise_norm,
+    clip_by_layerwise_norm,
+    clip_by_leafwise_norm,
+    clip_by_unitwise_norm,
+    normalize_by_global_norm,
+    normalize_by_layerwise_norm,
+)
+from optaxclip._rescale import RescaleState, group_norms, rescale_by_norm, rescale_tree
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClipByValueState",
+    "Context",
+    "Groups",
+    "Leaf",
+    "Limit",
+    "Member",
+    "Norm",
+    "RescaleState",
+    "Response",
+    "Stats",
+    "Table",
+    "adaptive_grad_clip",
+    "clip_by_block_rms",
+    "clip_by_global_norm",
+    "clip_by_groupwise_norm",
+    "clip_by_layerwise_norm",
+    "clip_by_leafwise_norm",
+    "clip_by_unitwise_norm",
+    "clip_by_value",
+    "describe",
+    "group_norms",
+    "groups",
+    "limits",
+    "metrics",
+    "norms",
+    "normalize_by_global_norm",
+    "normalize_by_layerwise_norm",
+    "rescale_by_norm",
+    "rescale_tree",
+    "responses",
+]

@@ -1,0 +1,98 @@
+"""Argument checks, so that errors have one voice: where, what was wrong, what to do."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+NO_PARAMS = (
+    "You are using a transformation that requires the current value of parameters, but you are not passing "
+    "`params` when calling `update`."
+)
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is known now: a Python or NumPy number rather than an array or a tracer."""
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def numeric(where: str, **arguments: Any) -> None:
+    """Raises unless every argument is a number or an array of numbers."""
+    for name, value in arguments.items():
+        if is_number(value) or isinstance(value, jax.Array | np.ndarray):
+            continue
+        raise TypeError(
+            f"{where}: {name} is {value!r}, of type {type(value).__name__}. Pass a number or an array."
+        )
+
+
+def nonnegative(where: str, **arguments: Any) -> None:
+    """Raises if an argument is a negative or NaN number. Arrays are not read: they may be traced."""
+    numeric(where, **arguments)
+    for name, value in arguments.items():
+        if is_number(value) and not value >= 0:
+            raise ValueError(
+                f"{where}: {name} is {value!r}, among the numbers from 0 to inf. Pass one that is neither "
+                "negative nor NaN."
+            )
+
+
+def positive(where: str, **arguments: Any) -> None:
+    """Raises if an argument is a number that is zero, negative or NaN."""
+    numeric(where, **arguments)
+    for name, value in arguments.items():
+        if is_number(value) and not value > 0:
+            raise ValueError(f"{where}: {name} is {value!r}, among the numbers above 0. Pass a positive one.")
+
+
+def whole_number(where: str, *, least: int = 0, **arguments: Any) -> None:
+    """Raises unless every argument is an integer known now, and not below `least`."""
+    for name, value in arguments.items():
+        if not isinstance(value, int | np.integer) or isinstance(value, bool):
+            hint = ""
+            if isinstance(value, jax.Array):
+                hint = f" Under optax.inject_hyperparams, name it: static_args={name!r}."
+            raise TypeError(
+                f"{where}: {name} is {value!r}, of type {type(value).__name__}. Pass an integer.{hint}"
+            )
+        if value < least:
+            raise ValueError(f"{where}: {name} is {value}, below {least}. Pass {least} or more.")
+
+
+def one_of(where: str, choices: Iterable[str], **arguments: Any) -> None:
+    """Raises unless every argument is one of `choices`."""
+    choices = tuple(choices)
+    for name, value in arguments.items():
+        if value not in choices:
+            raise ValueError(f"{where}: {name} is {value!r}. Pass one of {', '.join(map(repr, choices))}.")
+
+
+def spec(where: str, kind: type, **arguments: Any) -> None:
+    """Raises unless every argument is a specification of the given kind."""
+    for name, value in arguments.items():
+        if not isinstance(value, kind):
+            module = {"Groups": "groups", "Norm": "norms", "Response": "responses"}[kind.__name__]
+            hint = f" Call it: {module}.{value.__name__}()." if callable(value) else ""
+            raise TypeError(
+                f"{where}: {name} is {value!r}, of type {type(value).__name__}. "
+                f"Pass one of optaxclip.{module}.{hint}"
+            )
+
+
+def listed(names: Iterable[str], most: int = 12) -> str:
+    """Names for an error message, cut where there are too many to read."""
+    names = list(names)
+    shown = ", ".join(map(repr, names[:most]))
+    return shown if len(names) <= most else f"{shown}, ... ({len(names)} in all)"
+
+
+def finite_order(where: str, p: Any) -> None:
+    """Raises unless `p` is a number known now, at least 1 and finite."""
+    if not is_number(p):
+        raise TypeError(f"{where}: p is {p!r}, of type {type(p).__name__}. Pass a Python number.")
+    if not (p >= 1 and math.isfinite(p)):
+        raise ValueError(
+            f"{where}: p is {p!r}, among the finite orders from 1. Use norms.linf() for infinity."
+        )

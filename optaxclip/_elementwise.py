@@ -1,0 +1,91 @@
+"""What no factor per group can express: clipping entry by entry."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip import _checks
+from optaxclip._base import PyTree
+from optaxclip._partition import partition
+from optaxclip.groups import whole
+
+
+class ClipByValueState(NamedTuple):
+    """The state of `clip_by_value`, and what it did at the last update.
+
+    Attributes:
+      step: how many updates there were, int32, `()`.
+      share: which part of the entries was clipped, float32, `()`.
+      clipped: in how many steps any entry was clipped, int32, `()`.
+      nonfinite: in how many steps any entry was NaN or infinite, int32, `()`.
+    """
+
+    step: jax.Array
+    share: jax.Array
+    clipped: jax.Array
+    nonfinite: jax.Array
+
+
+def clip_by_value(max_delta: float | jax.Array) -> optax.GradientTransformationExtraArgs:
+    """Clips every entry to `[-max_delta, max_delta]`, as `optax.clip` does. It changes the direction.
+
+    Infinite entries become the bound, NaN stays NaN; both are counted in the state. Of complex entries the
+    modulus is clipped. Dtypes are kept. Leaves that are not floating point or complex pass through.
+
+    Args:
+      max_delta: the bound, a number or an array of shape `()`, not negative.
+
+    Returns:
+      A transformation with a `ClipByValueState`.
+
+    Raises:
+      TypeError: if `max_delta` is neither.
+      ValueError: if it is a negative or NaN number.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> tx = oc.clip_by_value(1.0)
+    >>> grads = {"w": jnp.array([3.0, -0.5])}
+    >>> updates, state = tx.update(grads, tx.init(grads))
+    >>> print(updates["w"], state.share)
+    [ 1.  -0.5] 0.5
+    """
+    _checks.nonnegative("clip_by_value", max_delta=max_delta)
+
+    def init(params: PyTree) -> ClipByValueState:
+        del params
+        step, clipped, nonfinite = (jnp.zeros((), jnp.int32) for _ in range(3))
+        return ClipByValueState(step, jnp.zeros((), jnp.float32), clipped, nonfinite)
+
+    def update(updates: PyTree, state: ClipByValueState, params: PyTree = None, **extra_args: Any):
+        del params, extra_args
+        part = partition(whole(), updates)
+        bound = jnp.maximum(jnp.asarray(max_delta), 0)
+        leaves, entries = list(part.leaves), 0
+        over, bad = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.bool)
+        for k, place in enumerate(part.places):
+            if place is not None:
+                leaf = part.leaves[k]
+                leaves[k], outside = _clip(leaf, bound)
+                over += jnp.sum(outside, dtype=jnp.float32)
+                bad |= jnp.any(~jnp.isfinite(leaf))
+                entries += leaf.size
+        share = over / max(entries, 1)
+        new = ClipByValueState(
+            optax.safe_increment(state.step), share, state.clipped + (over > 0), state.nonfinite + bad
+        )
+        return jax.tree.unflatten(part.treedef, leaves), new
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _clip(leaf: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The clipped leaf, and which of its entries were outside."""
+    modulus = jnp.abs(leaf)
+    bound = bound.astype(modulus.dtype)
+    outside = modulus > bound
+    if jnp.iscomplexobj(leaf):
+        unit = leaf / jnp.where(outside & jnp.isfinite(modulus), modulus, 1)
+        return jnp.where(outside, unit * bound, leaf), outside
+    return jnp.clip(leaf, -bound, bound), outside

@@ -1,0 +1,71 @@
+"""What differs between versions of JAX and kinds of mesh: varying axes, collectives, explicit shardings."""
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import PartitionSpec
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """The manual mesh axes over which a value differs from device to device, where JAX keeps track.
+
+    Empty outside `shard_map`, under `pmap`, and where `check_vma=False` switches the tracking off.
+    """
+    kind = jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)  # JAX 0.10
+    axes = manual.varying if manual is not None else getattr(kind, "vma", ())
+    return frozenset(axes)
+
+
+def vary_like(value: jax.Array, x: jax.Array) -> jax.Array:
+    """The value, typed as varying over the manual axes that `x` varies over."""
+    axes = tuple(varying_axes(x) - varying_axes(value))
+    if not axes:
+        return value
+    return (
+        jax.lax.pcast(value, axes, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(value, axes)
+    )
+
+
+def split_axes(x: jax.Array, axis_name: Sequence[str]) -> frozenset[str]:
+    """Those of `axis_name` that a leaf is split over: all of them where JAX does not keep track."""
+    tracked = {name for name in axis_name if name in varying_axes(jax.lax.axis_index(name))}
+    return frozenset(axis_name) - (tracked - varying_axes(x))
+
+
+def axis_size(axes: frozenset[str]) -> int:
+    """The number of devices along some manual axes."""
+    size = 1
+    for name in axes:
+        size *= jax.lax.axis_size(name)
+    return size
+
+
+def has_mesh(x: jax.Array) -> bool:
+    """Whether a value's type carries a mesh: then it must not be merged with others."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    return sharding is not None and not sharding.mesh.empty
+
+
+def spec_of(x: jax.Array) -> PartitionSpec | None:
+    """The explicit sharding of a value, or None where its axes are automatic or manual."""
+    if not has_mesh(x):
+        return None
+    sharding = jax.typeof(x).sharding
+    return sharding.spec if sharding.mesh.are_all_axes_explicit else None
+
+
+def replicate(x: jax.Array) -> jax.Array:
+    """The value on every device, where its sharding is explicit; the value itself otherwise."""
+    spec = spec_of(x)
+    if spec is None or all(axis is None for axis in spec):
+        return x
+    return jax.sharding.reshard(x, PartitionSpec(*[None] * x.ndim))
+
+
+def share(x: jax.Array, like: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """A value with one axis for each of `axes` of `like`, split as `like` is where that is explicit."""
+    spec = spec_of(like)
+    if spec is None or all(spec[axis] is None for axis in axes):
+        return x
+    return jax.sharding.reshard(x, PartitionSpec(*[spec[axis] for axis in axes]))

@@ -1,0 +1,413 @@
+r"""Which entries of an update share a norm.
+
+Groupings look at normalised paths: the keys of the tree joined with `/`, without the wrappers that frameworks
+add at the end (`value`, `raw_value`, `data_array`), so that `init` and `update` see the same names. `names=`
+replaces the paths where a tree has none worth reading, such as the plain list of Keras 3.
+
+Leaves that are not floating point or complex (integers, booleans, float0, PRNG keys), zero-size arrays and
+everything under Flax's `_overwrite_with_gradient` never belong to a group: they pass through.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from optaxclip import _checks, _paths
+from optaxclip._base import Groups, Leaf, Member
+
+__all__ = [
+    "depth",
+    "labels",
+    "layer",
+    "leaf",
+    "measured_only",
+    "regex",
+    "scaled_only",
+    "stacked",
+    "unit",
+    "whole",
+]
+
+ROOT = "(root)"  # the layer of arrays at the top of the tree; no path can be called so
+
+
+def measured_only(name: str) -> Member:
+    """Puts leaves into the norm of group `name` without scaling them.
+
+    For use in place of a name in `regex` and `labels`: parameters of another optimizer that should count
+    towards the global norm, say.
+
+    >>> import optaxclip as oc
+    >>> rule = oc.groups.regex({"all": "kernel", oc.groups.measured_only("all"): "muon"})
+    """
+    return _named("groups.measured_only", name)._replace(scaled=False)
+
+
+def scaled_only(name: str) -> Member:
+    """Scales leaves with group `name` without counting them in its norm.
+
+    For use in place of a name in `regex` and `labels`. A group that only has such leaves is an error.
+
+    >>> import optaxclip as oc
+    >>> rule = oc.groups.regex({oc.groups.scaled_only("all"): "embedding", "all": ".*"})
+    """
+    return _named("groups.scaled_only", name)._replace(measured=False)
+
+
+def _names(where: str, names: Sequence[str] | None) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    names = (names,) if isinstance(names, str) else tuple(names)
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise TypeError(f"{where}: names holds {wrong[0]!r}. Pass one path, a str, for each leaf.")
+    return names
+
+
+def _by_leaf(where: str, place: Callable[[Leaf], Member | None], names: Sequence[str] | None) -> Groups:
+    return Groups(lambda leaves: [place(leaf) for leaf in leaves], _names(where, names))
+
+
+def whole() -> Groups:
+    """One group for the whole tree, called `whole`: its norm is the global norm.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> oc.group_norms({"a": jnp.array([3.0]), "b": jnp.array([4.0])}, oc.groups.whole())
+    {'whole': Array(5., dtype=float32)}
+    """
+    return _WHOLE
+
+
+def layer(*, names: Sequence[str] | None = None) -> Groups:
+    """One group for each layer: the arrays that hang off one module, kernel and bias together.
+
+    A layer is called by the normalised path without its last key. Arrays at the top of the tree form the
+    layer `(root)`.
+
+    Args:
+      names: paths to use in place of the tree's, one per leaf in tree order.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> params = {"dense": {"kernel": jnp.array([[3.0]]), "bias": jnp.array([4.0])}}
+    >>> oc.group_norms(params, oc.groups.layer())
+    {'dense': Array(5., dtype=float32)}
+    """
+    return _by_leaf("groups.layer", lambda leaf: Member("/".join(leaf.keys[:-1]) or ROOT), names)
+
+
+def leaf(*, names: Sequence[str] | None = None) -> Groups:
+    """One group for each array, called by its normalised path.
+
+    Args:
+      names: paths to use in place of the tree's, one per leaf in tree order.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> oc.group_norms([jnp.array([3.0, 4.0]), jnp.array([12.0])], oc.groups.leaf())
+    {'0': Array(5., dtype=float32), '1': Array(12., dtype=float32)}
+    """
+    return _by_leaf("groups.leaf", lambda leaf: Member(leaf.path or ROOT), names)
+
+
+def depth(k: int, *, names: Sequence[str] | None = None) -> Groups:
+    """One group for each value of the first `k` keys of the path; `depth(0)` is one group.
+
+    Args:
+      k: how many keys, an integer from 0.
+      names: paths to use in place of the tree's, one per leaf in tree order.
+
+    Raises:
+      TypeError: if `k` is not an integer.
+      ValueError: if `k` is negative.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> params = {"encoder": {"a": jnp.ones(9), "b": jnp.ones(7)}, "head": {"c": jnp.ones(4)}}
+    >>> oc.group_norms(params, oc.groups.depth(1))
+    {'encoder': Array(4., dtype=float32), 'head': Array(2., dtype=float32)}
+    """
+    _checks.whole_number("groups.depth", k=k)
+    return _by_leaf("groups.depth", lambda leaf: Member("/".join(leaf.keys[:k]) or ROOT), names)
+
+
+def _compiled(where: str, pattern: Any) -> re.Pattern:
+    if not isinstance(pattern, str | re.Pattern):
+        raise TypeError(f"{where}: the pattern {pattern!r} is of type {type(pattern).__name__}. Pass a str.")
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{where}: the pattern {pattern!r} does not compile: {error}. Mend it.") from error
+
+
+def _named(where: str, name: Any) -> Member:
+    if isinstance(name, str) and name:
+        return Member(name)
+    raise TypeError(
+        f"{where}: a group is called {name!r}. Pass a str that is not empty, None to leave leaves alone, "
+        "measured_only(name) or scaled_only(name)."
+    )
+
+
+def _member(where: str, name: Any) -> Member | None:
+    return name if name is None or isinstance(name, Member) else _named(where, name)
+
+
+_NO_DEFAULT = object()
+
+
+def regex(
+    rules: Mapping[Any, str | Sequence[str]],
+    *,
+    default: Any = _NO_DEFAULT,
+    names: Sequence[str] | None = None,
+) -> Groups:
+    r"""Named groups by regular expressions on the normalised path.
+
+    The first rule whose pattern is found in the path (`re.search`) wins; anchor it with `^` and `$` to match
+    the whole path. A name may refer back to what its pattern matched: `{r"block\1": r"block_(\d+)"}` makes
+    one group per block.
+
+    Args:
+      rules: from name to pattern, or to a list of patterns, tried in order. A name of None leaves the leaf
+        alone; `measured_only(name)` and `scaled_only(name)` say what they are called.
+      default: the name for leaves that no rule matches. Without it they are an error.
+      names: paths to use in place of the tree's, one per leaf in tree order.
+
+    Raises:
+      TypeError: if a name or a pattern is of the wrong type.
+      ValueError: if a pattern does not compile or a name refers to a group it lacks; in `init`, if no rule
+        matches a leaf.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> params = {"embed": jnp.ones(4), "block_0": jnp.ones(9), "block_1": jnp.ones(16)}
+    >>> oc.group_norms(params, oc.groups.regex({None: "embed", r"block\1": r"block_(\d+)"}))
+    {'block0': Array(3., dtype=float32), 'block1': Array(4., dtype=float32)}
+    """
+    where = "groups.regex"
+    if not isinstance(rules, Mapping):
+        raise TypeError(f"{where}: rules is of type {type(rules).__name__}. Pass a dict of name: pattern.")
+    compiled = []
+    for name, patterns in rules.items():
+        member = _member(where, name)
+        for pattern in [patterns] if isinstance(patterns, str | re.Pattern) else patterns:
+            compiled.append((member, _compiled(where, pattern)))
+            _check_references(where, *compiled[-1])
+    fallback = _NO_DEFAULT if default is _NO_DEFAULT else _member(where, default)
+
+    def place(leaf: Leaf) -> Member | None:
+        for member, pattern in compiled:
+            match = pattern.search(leaf.path)
+            if match:
+                return member and member._replace(group=_expand(where, match, member.group, leaf.path))
+        if fallback is _NO_DEFAULT:
+            patterns = _checks.listed(pattern.pattern for _, pattern in compiled)
+            raise ValueError(
+                f"{where}: no rule matches leaf {leaf.path!r}. Rules, in order: {patterns}. "
+                "End with '.*' to catch the rest, or pass default=."
+            )
+        return fallback  # type: ignore[return-value]
+
+    return _by_leaf(where, place, names)
+
+
+def _check_references(where: str, member: Member | None, pattern: re.Pattern) -> None:
+    """Raises if the name refers to a group that the pattern lacks, before any leaf is seen."""
+    if member is None:
+        return
+    for reference in re.findall(r"\\(\d+)", member.group) + re.findall(r"\\g<(\w+)>", member.group):
+        known = int(reference) <= pattern.groups if reference.isdigit() else reference in pattern.groupindex
+        if not known:
+            raise ValueError(
+                f"{where}: the name {member.group!r} refers to group {reference!r}, which the pattern "
+                f"{pattern.pattern!r} lacks. Put the part of the path that it should repeat in parentheses."
+            )
+
+
+def _expand(where: str, match: re.Match, name: str, path: str) -> str:
+    try:
+        expanded = match.expand(name) if "\\" in name else name
+    except re.error as error:
+        raise ValueError(f"{where}: the name {name!r} cannot be filled in: {error}. Mend it.") from error
+    if not expanded:
+        raise ValueError(f"{where}: the name {name!r} comes out empty at leaf {path!r}. Add text to it.")
+    return expanded
+
+
+def labels(rule: Any, *, names: Sequence[str] | None = None) -> Groups:
+    """Named groups by a function of path and leaf, or by a tree prefix of names.
+
+    Args:
+      rule: a function `(path, leaf) -> name`, or a tree of names whose structure is a prefix of the
+        update's: a name stands for everything below it. The two trees may use different containers, as long
+        as their keys are the same. In both, None leaves a leaf alone, and `measured_only(name)` and
+        `scaled_only(name)` say what they are called.
+      names: paths to use in place of the tree's, one per leaf in tree order.
+
+    Raises:
+      TypeError: if a name is not one of these.
+      ValueError: in `init`, if the tree of names has none for a leaf.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> params = {"body": {"w": jnp.ones(9), "b": jnp.ones(7)}, "head": {"w": jnp.ones(4)}}
+    >>> oc.group_norms(params, oc.groups.labels({"body": "slow", "head": None}))
+    {'slow': Array(4., dtype=float32)}
+    >>> oc.group_norms(params, oc.groups.labels(lambda path, leaf: path[-1]))
+    {'b': Array(2.6457512, dtype=float32), 'w': Array(3.6055512, dtype=float32)}
+    """
+    where = "groups.labels"
+    # An Equinox module is callable and yet a tree: a function is what JAX sees as a leaf.
+    if callable(rule) and jax.tree_util.all_leaves([rule]):
+        return _by_leaf(where, lambda leaf: _member(where, rule(leaf.path, leaf.value)), names)
+    prefix = {
+        keys: _member(where, name)
+        for keys, name in _paths.flatten(rule, is_leaf=lambda x: x is None or isinstance(x, Member))
+    }
+
+    def place(leaf: Leaf) -> Member | None:
+        for length in range(len(leaf.keys), -1, -1):
+            if leaf.keys[:length] in prefix:
+                return prefix[leaf.keys[:length]]
+        raise ValueError(
+            f"{where}: no name for leaf {leaf.path!r}. Names are given at "
+            f"{_checks.listed('/'.join(keys) for keys in prefix)}. Add one at or above the leaf."
+        )
+
+    return _by_leaf(where, place, names)
+
+
+# The axes that the norm of an output unit runs over, by rank: JAX's layouts keep outputs last.
+_UNIT_AXES = {2: (0,), 3: (0,), 4: (0, 1, 2), 5: (0, 1, 2, 3), 6: (0, 1, 2, 3, 4)}
+
+
+def unit(
+    axis: int | Sequence[int] | Mapping[str, int | Sequence[int]] | None = None,
+    *,
+    names: Sequence[str] | None = None,
+) -> Groups:
+    """One group for each output unit of each array, as adaptive gradient clipping has it.
+
+    By default the norm runs over these axes, following JAX's layouts with outputs last:
+
+    | rank | layout | norm over | groups |
+    | --- | --- | --- | --- |
+    | 0, 1 | scale, bias | all | one |
+    | 2 | dense `(in, out)` | 0 | one per output |
+    | 3 | attention `(model, heads, head)` | 0 | one per head and feature |
+    | 4 | convolution `HWIO` | 0, 1, 2 | one per output channel |
+    | 5 | convolution `DHWIO` | 0, 1, 2, 3 | one per output channel |
+    | 6 | any, outputs last | 0, 1, 2, 3, 4 | one per output |
+
+    An array with at most one axis longer than 1 counts as a vector, one group, as in the paper's code and
+    Optax. A 1-D convolution `WIO` or an attention output `(heads, head, model)` needs
+    `{pattern: (0, 1)}`; PyTorch's and Equinox's `(out, in)` need `axis=1`.
+
+    Args:
+      axis: the axes that the norm runs over, for all arrays, negative ones counted from the end; or a dict
+        from pattern to axes, where the first pattern found in the path wins and the rest gets the default.
+      names: paths to use in place of the tree's, one per leaf in tree order.
+
+    Raises:
+      TypeError: if an axis is not an integer.
+      ValueError: in `init`, if an axis is out of range or a rank above 6 has no axes.
+
+    References:
+      Brock et al., [High-Performance Large-Scale Image Recognition Without
+      Normalization](https://arxiv.org/abs/2102.06171), 2021.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> oc.group_norms({"kernel": jnp.array([[3.0, 5.0], [4.0, 12.0]])}, oc.groups.unit())
+    {'kernel': Array([ 5., 13.], dtype=float32)}
+    """
+    where = "groups.unit"
+    by_pattern = axis if isinstance(axis, Mapping) else {"": axis}
+    rules = [(_compiled(where, pattern), _axes(where, axes)) for pattern, axes in by_pattern.items()]
+
+    def place(leaf: Leaf) -> Member:
+        axes = next((axes for pattern, axes in rules if pattern.search(leaf.path)), None)
+        rank = len(leaf.shape)
+        if axes is not None:
+            reduced = {_in_range(where, a, leaf) for a in axes}
+        elif sum(size > 1 for size in leaf.shape) <= 1:
+            reduced = set(range(rank))
+        elif rank in _UNIT_AXES:
+            reduced = set(_UNIT_AXES[rank])
+        else:
+            raise ValueError(
+                f"{where}: leaf {leaf.path!r} has rank {rank}, shape {leaf.shape}; the default knows ranks 0 "
+                "to 6. Pass axis={pattern: axes} for it."
+            )
+        return Member(leaf.path or ROOT, rows=tuple(a for a in range(rank) if a not in reduced))
+
+    return _by_leaf(where, place, names)
+
+
+def _axes(where: str, axes: Any) -> tuple[int, ...] | None:
+    if axes is None:
+        return None
+    axes = tuple(axes) if isinstance(axes, Sequence) else (axes,)
+    for a in axes:
+        _checks.whole_number(where, axis=a, least=-64)
+    return axes
+
+
+def _in_range(where: str, axis: int, leaf: Leaf) -> int:
+    rank = len(leaf.shape)
+    if not -rank <= axis < rank:
+        raise ValueError(
+            f"{where}: axis {axis} is out of range at leaf {leaf.path!r}, which has shape {leaf.shape}. "
+            "Pass axes by pattern, or keep the leaf out with groups.regex."
+        )
+    return axis % rank
+
+
+def stacked(inner: Groups, where: str | Callable[[str], bool], axis: int = 0) -> Groups:
+    """Takes leaves that hold one layer per index of an axis apart: one group per index.
+
+    For models that scan over their layers. The result equals `inner` on the unstacked layers, one by one.
+
+    Args:
+      inner: how each unstacked layer is grouped: `layer`, `leaf`, `unit` or any other.
+      where: which leaves are stacked: a regular expression that is found in their paths, or a function of
+        the path.
+      axis: the axis that counts the layers: 0 for Flax's `nn.scan`, 1 for MaxText's default.
+
+    Raises:
+      TypeError: if an argument is of the wrong type.
+      ValueError: in `init`, if no leaf matches, the axis is out of range for one that does, or a group has
+        both stacked and other leaves.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> params = {"layers": {"kernel": jnp.ones((3, 2, 2)), "bias": jnp.zeros((3, 2))}, "head": jnp.ones(4)}
+    >>> oc.group_norms(params, oc.groups.stacked(oc.groups.layer(), "layers"))
+    {'(root)': Array(2., dtype=float32), 'layers': Array([2., 2., 2.], dtype=float32)}
+    """
+    here = "groups.stacked"
+    _checks.spec(here, Groups, inner=inner)
+    _checks.whole_number(here, axis=axis, least=-64)
+    matches = where if callable(where) else _compiled(here, where).search
+
+    def assign(leaves: Sequence[Leaf]) -> list[Member | None]:
+        axes = [_in_range(here, axis, leaf) if matches(leaf.path) else None for leaf in leaves]
+        if leaves and all(a is None for a in axes):
+            raise ValueError(
+                f"{here}: no leaf matches {where!r}, among {_checks.listed(leaf.path for leaf in leaves)}. "
+                "Mend the pattern."
+            )
+        unstacked = [leaf if a is None else _without(leaf, a) for leaf, a in zip(leaves, axes, strict=True)]
+        members = inner.assign(unstacked)
+        return [m if m is None or a is None else _stack(m, a) for m, a in zip(members, axes, strict=True)]
+
+    return Groups(assign, inner.names)
+
+
+def _without(leaf: Leaf, axis: int) -> Leaf:
+    shape = leaf.shape[:axis] + leaf.shape[axis + 1 :]
+    return leaf._replace(value=jax.ShapeDtypeStruct(shape, leaf.value.dtype))
+
+
+def _stack(member: Member, axis: int) -> Member:
+    shifted = tuple(a + (a >= axis) for a in member.rows)
+    return member._replace(rows=tuple(sorted((axis, *shifted))))
+
+
+_WHOLE = Groups(lambda leaves: [Member("whole") for _ in leaves])

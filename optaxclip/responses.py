@@ -1,0 +1,123 @@
+"""What a group is multiplied by, once its norm and its limit are known.
+
+A factor that is exactly 1 leaves every bit of the group as it was. Whatever the response, an infinite limit
+changes nothing, a limit of 0 gives zeros, and a group of zeros stays zeros.
+"""
+
+from typing import Literal
+
+import jax.numpy as jnp
+
+from optaxclip import _checks
+from optaxclip._base import Response
+
+__all__ = ["clip", "normalize", "soft", "zero"]
+
+
+def _clip(norm, limit):
+    return jnp.where(norm > limit, limit / norm, 1)
+
+
+def _normalize(norm, limit):
+    return jnp.where(limit < jnp.inf, limit / norm, 1)
+
+
+def _zero(norm, limit):
+    return jnp.where(norm > limit, 0, jnp.ones_like(norm))
+
+
+def _rational(norm, limit):
+    unlimited = limit == jnp.inf
+    bound = jnp.where(unlimited, 1, limit)
+    half = bound / 2  # so that the sum cannot overflow
+    return jnp.where(unlimited, 1, half / (half + norm / 2))
+
+
+def _sqrt(norm, limit):
+    unlimited = limit == jnp.inf
+    bound = jnp.where(unlimited, 1, limit)
+    large, small = jnp.maximum(bound, norm), jnp.minimum(bound, norm)
+    # hypot(bound, norm), in a form that neither overflows nor divides by zero: the norm is positive.
+    hypotenuse = large * jnp.sqrt(1 + (small / large) ** 2)
+    return jnp.where(unlimited, 1, bound / hypotenuse)
+
+
+_CLIP, _NORMALIZE, _ZERO = Response(_clip), Response(_normalize), Response(_zero)
+_SOFT = {"rational": Response(_rational), "sqrt": Response(_sqrt)}
+
+
+def clip() -> Response:
+    r"""Scales a group down to its limit if its norm is above it.
+
+    $$\text{factor} = \min(1, c / n)$$
+
+    References:
+      Pascanu et al., [On the difficulty of training recurrent neural
+      networks](https://arxiv.org/abs/1211.5063), 2013.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> tree, stats = oc.rescale_tree({"w": jnp.array([3.0, 4.0])}, 1.0, response=oc.responses.clip())
+    >>> print(tree["w"])
+    [0.6 0.8]
+    """
+    return _CLIP
+
+
+def normalize() -> Response:
+    r"""Scales every group to its limit, up or down; a group of zeros stays zeros.
+
+    $$\text{factor} = c / n$$
+
+    An infinite limit changes nothing. A norm so small that the factor would leave float32's range is scaled
+    up by the largest float32.
+
+    References:
+      Yu et al., [Block-Normalized Gradient Method](https://arxiv.org/abs/1707.04822), 2017.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> tree, stats = oc.rescale_tree({"w": jnp.array([3.0, 4.0])}, 10.0, response=oc.responses.normalize())
+    >>> print(tree["w"])
+    [6. 8.]
+    """
+    return _NORMALIZE
+
+
+def soft(kind: Literal["rational", "sqrt"] = "rational") -> Response:
+    r"""Scales smoothly, so that the norm that comes out rises towards the limit and never passes it.
+
+    $$\text{rational: } \frac{c}{c + n}, \qquad \text{sqrt: } \frac{c}{\sqrt{c^2 + n^2}}$$
+
+    Every norm is reduced: by half (rational) or to 71 % (sqrt) where it equals the limit.
+
+    Args:
+      kind: `"rational"` or `"sqrt"`.
+
+    Raises:
+      ValueError: if `kind` is neither.
+
+    References:
+      Rational: Zhang et al., [Why gradient clipping accelerates training](https://arxiv.org/abs/1905.11881),
+      2020, as smoothed clipping. Sqrt: the vector form of soft spectral clipping.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> tree, stats = oc.rescale_tree({"w": jnp.array([3.0, 4.0])}, 5.0, response=oc.responses.soft())
+    >>> print(tree["w"])
+    [1.5 2. ]
+    """
+    _checks.one_of("responses.soft", _SOFT, kind=kind)
+    return _SOFT[kind]
+
+
+def zero() -> Response:
+    r"""Drops a group whose norm is above its limit.
+
+    $$\text{factor} = 1 \text{ if } n \le c \text{ else } 0$$
+
+    The optimizer behind it still takes its step: momentum goes on moving the parameters.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> tree, stats = oc.rescale_tree({"w": jnp.array([3.0, 4.0])}, 1.0, response=oc.responses.zero())
+    >>> print(tree["w"])
+    [0. 0.]
+    """
+    return _ZERO
