@@ -58,7 +58,7 @@ def clip_by_value(max_delta: float | jax.Array) -> optax.GradientTransformationE
         step, clipped, nonfinite = (jnp.zeros((), jnp.int32) for _ in range(3))
         return ClipByValueState(step, jnp.zeros((), jnp.float32), clipped, nonfinite)
 
-    def update(updates: PyTree, state: ClipByValueState, params: PyTree = None, **extra_args: Any):
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
         del params, extra_args
         part = partition(whole(), updates)
         bound = jnp.maximum(jnp.asarray(max_delta), 0)
@@ -73,7 +73,10 @@ def clip_by_value(max_delta: float | jax.Array) -> optax.GradientTransformationE
                 entries += leaf.size
         share = over / max(entries, 1)
         new = ClipByValueState(
-            optax.safe_increment(state.step), share, state.clipped + (over > 0), state.nonfinite + bad
+            step=jnp.asarray(optax.safe_increment(state.step)),
+            share=share,
+            clipped=state.clipped + (over > 0),
+            nonfinite=state.nonfinite + bad,
         )
         return jax.tree.unflatten(part.treedef, leaves), new
 

@@ -121,17 +121,17 @@ def _bins(
     for alike in by_axes.values():
         partials, scales = _partials(alike, norm, levels, dtype)
         values, scale = _flat(partials), _flat(scales)
-        apart = jnp.where(scale == levels[:, None], values, 0)
+        apart = jnp.where(scale[None] == levels[:, None], values[None], 0)
         part = _segments(apart, np.concatenate([block.rows for block in alike]), rows, norm)
         split = _mesh.split_axes(alike[0].array, axis_name)
         if split:
-            part = reduce(part, tuple(sorted(split)))
+            part = reduce(_without_nan(part) if norm.combine == "max" else part, tuple(sorted(split)))
         parts.append(part)
     return parts[0] if len(parts) == 1 else _add(norm)(jnp.stack(parts), axis=0), levels
 
 
 def _flat(vectors: Sequence[jax.Array]) -> jax.Array:
-    flat = [_mesh.replicate(vector).reshape(-1) for vector in vectors]
+    flat = [vector.reshape(-1) for vector in vectors]
     return jnp.concatenate(flat) if len(flat) > 1 else flat[0]
 
 
@@ -171,10 +171,13 @@ def _partials(
     reduced = [block.reduced for block in blocks]
 
     def at_scales(arrays, scales):
-        return [
-            norm.measure(_widen(x, dtype) * jnp.expand_dims(scale, axes), axes)
-            for x, scale, axes in zip(arrays, scales, reduced, strict=True)
-        ]
+        partials = []
+        for x, scale, axes in zip(arrays, _replicated(scales, arrays), reduced, strict=True):
+            entries = times(widen(x, dtype), jnp.expand_dims(scale, axes))
+            if norm.combine == "max" and _mesh.is_partitioned(x):
+                entries = _without_nan(entries)
+            partials.append(norm.measure(entries, axes))
+        return _replicated(partials, arrays)
 
     @jax.custom_jvp
     def measured(arrays):
@@ -205,8 +208,24 @@ def _levels(norm: Norm, dtype: np.dtype) -> np.ndarray:
     return np.exp2(exponents).astype(dtype)
 
 
-def _widen(x: jax.Array, dtype: np.dtype) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, dtype))
+def widen(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The array in a real dtype, or in the complex one of the same precision if it is complex."""
+    return x.astype({32: jnp.complex64, 64: jnp.complex128}[jnp.finfo(dtype).bits] if jnp.iscomplexobj(x) else dtype)
+
+
+def times(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """The product with a real factor, part by part if the array is complex."""
+    return lax.complex(x.real * factor, x.imag * factor) if jnp.iscomplexobj(x) else x * factor
+
+
+def _without_nan(x: jax.Array) -> jax.Array:
+    """Infinity in place of NaN, which a maximum over devices would pass over."""
+    return jnp.where(jnp.isnan(x), jnp.inf, x)
+
+
+def _replicated(vectors: Sequence[jax.Array], arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Partial results or scales of leaves that may be split over devices, whole on each of them."""
+    return [_mesh.replicate(vector, x) for vector, x in zip(vectors, arrays, strict=True)]
 
 
 def _by_trial(arrays, reduced, levels, dtype, at_scales):
@@ -233,19 +252,18 @@ def _by_trial(arrays, reduced, levels, dtype, at_scales):
             jnp.where(again & (p == jnp.inf), down, jnp.where(again & all_tiny, up, scale))
             for p, scale in zip(partials, scales, strict=True)
         ]
-        return count + 1, again, scales, partials
+        return count + 1, again, _replicated(scales, arrays), partials
 
-    start = (jnp.int32(0), _mesh.vary_like(jnp.array(False), arrays[0]), first, first)
+    start = (jnp.int32(0), _mesh.vary_like(jnp.array(False), arrays[0]), _replicated(first, arrays), first)
     _, _, scales, partials = lax.while_loop(unfinished, attempt, start)
-    return partials, scales
+    return _replicated(partials, arrays), _replicated(scales, arrays)
 
 
 def _scale_of_peak(x, axes, levels, dtype):
     """The scale at which the largest entry is about 1, so that no power of it overflows."""
-    peak = jnp.max(jnp.abs(_widen(x, dtype)), axis=axes)
-    # The product is between 2^-step and 1 at the largest scale that keeps it below 1.
-    fits = peak * levels.reshape((-1,) + (1,) * peak.ndim) <= 1
-    return jnp.max(jnp.where(fits, levels.reshape(fits.shape[:1] + (1,) * peak.ndim), levels[-1]), axis=0)
+    peak = _mesh.replicate(jnp.max(jnp.abs(widen(x, dtype)), axis=axes))
+    columns = levels.reshape((-1,) + (1,) * peak.ndim)
+    return _mesh.replicate(jnp.max(jnp.where(peak[None] * columns <= 1, columns, levels[-1]), axis=0), x)
 
 
 def _kept(x: jax.Array, reduced: tuple[int, ...]) -> tuple[int, ...]:
@@ -255,14 +273,14 @@ def _kept(x: jax.Array, reduced: tuple[int, ...]) -> tuple[int, ...]:
 def _close(bins: jax.Array, levels: np.ndarray, norm: Norm, count: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The norms of the rows from their partial results at each scale; and the norms times `TINY`."""
     # A row is put together at the smallest scale at which something of it was measured.
-    scale = levels[0]
+    scale = jnp.full(bins.shape[1:], levels[0])
     for level, at_level in zip(levels[1:], bins[1:], strict=True):
         scale = jnp.where(at_level != 0, level, scale)
-    ratio = jnp.minimum(scale / levels.reshape(-1, 1), 1)
+    ratio = jnp.minimum(scale[None] / levels[:, None], 1)
     scaled = norm.close(_add(norm)(bins * ratio**norm.degree, axis=0), count)
     true = scaled / scale
     beyond = (true == jnp.inf) & (scaled < jnp.inf)
-    return jnp.where(beyond, jnp.finfo(true.dtype).max, true), scaled * (true.dtype.type(TINY) / scale)
+    return jnp.where(beyond, float(jnp.finfo(true.dtype).max), true), scaled * (true.dtype.type(TINY) / scale)
 
 
 def merge(norm: Norm, norms: jax.Array, sizes: np.ndarray, total: np.ndarray | None = None) -> jax.Array:
@@ -277,12 +295,12 @@ def merge(norm: Norm, norms: jax.Array, sizes: np.ndarray, total: np.ndarray | N
     if len(norms) == 1 and total is None:
         return norms[0]
     total = np.sum(sizes, axis=0) if total is None else total
-    sizes = jnp.broadcast_to(jnp.asarray(sizes, norms.dtype), norms.shape)
-    largest = jnp.finfo(norms.dtype).max
-    peak = lax.stop_gradient(jnp.max(jnp.where(jnp.isfinite(norms), norms, 0), axis=0))
+    each = jnp.broadcast_to(jnp.asarray(sizes, norms.dtype), norms.shape)
+    largest = float(jnp.finfo(norms.dtype).max)
+    peak = lax.stop_gradient(jnp.max(jnp.where(jnp.isfinite(norms), norms, 0), axis=0, keepdims=True))
     peak = jnp.where(peak > 0, peak, 1)
     # Both sides of the division stay away from where a reciprocal is rounded to zero.
-    nearer = jnp.where(peak > 1, 2.0**-4, 2.0**4)
-    partial = _add(norm)(norm.open(norms * nearer / (peak * nearer), sizes), axis=0)
-    together = norm.close(partial, jnp.asarray(total, norms.dtype)) * peak
+    nearer = jnp.where(peak > 1, 2.0**-4, 2.0**4).astype(norms.dtype)
+    partial = _add(norm)(norm.open(norms * nearer / (peak * nearer), each), axis=0)
+    together = norm.close(partial, jnp.asarray(total, norms.dtype)) * peak[0]
     return jnp.where((together == jnp.inf) & jnp.all(norms < jnp.inf, axis=0), largest, together)

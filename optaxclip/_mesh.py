@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
@@ -47,25 +47,32 @@ def has_mesh(x: jax.Array) -> bool:
     return sharding is not None and not sharding.mesh.empty
 
 
-def spec_of(x: jax.Array) -> PartitionSpec | None:
-    """The explicit sharding of a value, or None where its axes are automatic or manual."""
-    if not has_mesh(x):
-        return None
-    sharding = jax.typeof(x).sharding
-    return sharding.spec if sharding.mesh.are_all_axes_explicit else None
+def is_partitioned(x: jax.Array) -> bool:
+    """Whether the compiler may split a value over devices: its mesh has axes that are not manual."""
+    return has_mesh(x) and any(k != AxisType.Manual for k in jax.typeof(x).sharding.mesh.axis_types)
 
 
-def replicate(x: jax.Array) -> jax.Array:
-    """The value on every device, where its sharding is explicit; the value itself otherwise."""
-    spec = spec_of(x)
-    if spec is None or all(axis is None for axis in spec):
+def replicate(x: jax.Array, like: jax.Array | None = None) -> jax.Array:
+    """The value on every device of its own mesh or of `like`'s; as it is where there is none, or it is manual.
+
+    The compiler is told so too: it would split what stands next to split leaves, and gather it again.
+    """
+    like = x if like is None else like
+    if not is_partitioned(like) or x.ndim == 0:
         return x
-    return jax.sharding.reshard(x, PartitionSpec(*[None] * x.ndim))
+    whole = NamedSharding(jax.typeof(like).sharding.mesh, PartitionSpec(*[None] * x.ndim))
+    if any(axis is not None for axis in jax.typeof(x).sharding.spec):
+        x = jax.sharding.reshard(x, whole)
+    return jax.lax.with_sharding_constraint(x, whole)
 
 
 def share(x: jax.Array, like: jax.Array, axes: Sequence[int]) -> jax.Array:
     """A value with one axis for each of `axes` of `like`, split as `like` is where that is explicit."""
-    spec = spec_of(like)
-    if spec is None or all(spec[axis] is None for axis in axes):
+    if not is_partitioned(like):
         return x
-    return jax.sharding.reshard(x, PartitionSpec(*[spec[axis] for axis in axes]))
+    x = replicate(x, like)
+    sharding = jax.typeof(like).sharding
+    spec = [sharding.spec[axis] for axis in axes]
+    if all(axis is None for axis in spec):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))

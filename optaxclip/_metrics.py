@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from optaxclip import _checks, groups as _groups, norms as _norms
 from optaxclip._base import Groups, Norm, PyTree, Stats, Table
@@ -97,7 +98,7 @@ def _is_state(x: Any) -> bool:
 def _of_state(
     state: RescaleState, params: PyTree, groups: Groups, norm: Norm, expand: int
 ) -> dict[tuple[str, str], Any]:
-    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(state)):
+    if not any(isinstance(x, Tracer) for x in jax.tree.leaves(state)):
         state = jax.device_get(state)  # one transfer, in place of one for each scalar
     stats = Stats(*(getattr(state, field) for field in Stats._fields))
     found = {}

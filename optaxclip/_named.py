@@ -7,8 +7,9 @@ import jax
 import optax
 
 from optaxclip import groups as _groups, limits, norms, responses
+from optaxclip._apply import AxisName, Nonfinite
 from optaxclip._base import Groups
-from optaxclip._rescale import AxisName, Nonfinite, rescale_by_norm
+from optaxclip._rescale import rescale_by_norm
 from optaxclip.limits import LimitLike
 
 Transformation: TypeAlias = optax.GradientTransformationExtraArgs

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from optaxclip import _mesh
 from optaxclip._base import Response
-from optaxclip._measure import TINY, Measured
+from optaxclip._measure import TINY, Measured, times, widen
 from optaxclip._partition import Place
 
 FEW = 8  # leaves; up to this many, reading factors out of a vector costs no compile time to speak of
@@ -48,7 +48,8 @@ def factors(
       eps: added to the norms.
     """
     empty = measured.norm == 0
-    largest = jnp.finfo(measured.norm.dtype).max
+    eps = jnp.asarray(eps, measured.norm.dtype)
+    largest = float(jnp.finfo(measured.norm.dtype).max)
     norm = jnp.where(empty, 1, jnp.minimum(measured.norm + eps, largest))
     small = jnp.where(empty, 1, measured.small + eps * TINY)
     # A norm beyond the largest number stands as the largest number, which is too small by this much.
@@ -114,9 +115,8 @@ def _decoded(code: jax.Array) -> _By:
 
 
 def _times(leaf: jax.Array, by: _By, drop: bool) -> jax.Array:
-    wide = jnp.promote_types(leaf.dtype, jnp.float32)
-    real = jnp.finfo(wide).dtype
-    product = (leaf.astype(wide) * by.first.astype(real) * by.then.astype(real)).astype(leaf.dtype)
+    real = jnp.float64 if jnp.finfo(leaf.dtype).bits == 64 else jnp.float32
+    product = times(times(widen(leaf, real), by.first.astype(real)), by.then.astype(real)).astype(leaf.dtype)
     if drop:
         product = jnp.where(by.then == 0, jnp.zeros_like(product), product)
     return jnp.where(by.changes, product, leaf)
@@ -132,7 +132,7 @@ def _apart(
     apart, and kernels for leaves of the same shape are compiled once.
     """
     if _mesh.has_mesh(vector):
-        return vector, indices
+        return _mesh.replicate(vector), indices
     few = len(indices) <= FEW or vector.size == 1
 
     def opaque(vector, seed):

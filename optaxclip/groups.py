@@ -189,7 +189,8 @@ def regex(
     compiled = []
     for name, patterns in rules.items():
         member = _member(where, name)
-        for pattern in [patterns] if isinstance(patterns, str | re.Pattern) else patterns:
+        several = isinstance(patterns, Sequence) and not isinstance(patterns, str)
+        for pattern in patterns if several else [patterns]:
             compiled.append((member, _compiled(where, pattern)))
             _check_references(where, *compiled[-1])
     fallback = _NO_DEFAULT if default is _NO_DEFAULT else _member(where, default)

@@ -1,9 +1,9 @@
 """How large a norm may be.
 
 Wherever a limit is asked for, a number, an array (traced or not, of any floating dtype), a schedule (any
-callable of the step, int32) or one of these will do. A negative number is an error where it is a Python
-number, and counts as 0 where it is an array. An infinite limit changes nothing. A limit that is NaN makes
-its groups NaN.
+callable of the step, int32) or one of these will do. A negative or NaN limit is an error where it is a Python
+number; as an array a negative one counts as 0, and NaN does to a group what a NaN entry does. An infinite limit
+changes nothing.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,7 +33,7 @@ def as_limit(limit: LimitLike, where: str, name: str = "limit") -> Limit:
 def _value(value: Any, step: Any) -> jax.Array:
     """A number, an array or a schedule at a step, as float32 or float64."""
     value = jnp.asarray(value(step) if callable(value) else value)
-    return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    return value.astype(jnp.float64 if value.dtype == jnp.float64 else jnp.float32)
 
 
 def _stateless(rule: Callable, value: Any, where: str, name: str, needs_params: bool = False) -> Limit:

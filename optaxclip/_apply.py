@@ -1,0 +1,168 @@
+"""One update of the engine: measure, limit, respond, scale, report."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optaxclip import _checks, _mesh
+from optaxclip._base import Context, Groups, Limit, Norm, PyTree, Response, Stats, Table
+from optaxclip._measure import Measured, measure, merge
+from optaxclip._partition import Partition, matching
+from optaxclip._scale import Factors, factors, scale
+
+Nonfinite: TypeAlias = Literal["propagate", "zero"]
+AxisName: TypeAlias = str | Sequence[str] | None
+
+
+class Options(NamedTuple):
+    """What the public functions are given besides a tree and a limit, checked."""
+
+    groups: Groups
+    norm: Norm
+    response: Response
+    eps: Any
+    nonfinite: Nonfinite
+    axis_name: tuple[str, ...]
+
+
+def checked(
+    where: str, groups: Any, norm: Any, response: Any, eps: Any, nonfinite: Any, axis_name: AxisName
+) -> Options:
+    """The options, or an error that names the one at fault."""
+    _checks.spec(where, Groups, groups=groups)
+    _checks.spec(where, Norm, norm=norm)
+    _checks.spec(where, Response, response=response)
+    _checks.nonnegative(where, eps=eps)
+    _checks.one_of(where, ("propagate", "zero"), nonfinite=nonfinite)
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    return Options(groups, norm, response, eps, nonfinite, names)
+
+
+class Applied(NamedTuple):
+    """What came of an update.
+
+    Attributes:
+      leaves: the new leaves, in tree order.
+      stats: the statistics of the rows.
+      whole: the statistics of the whole update.
+      rule: the limit's new state.
+    """
+
+    leaves: list[Any]
+    stats: Stats
+    whole: Stats
+    rule: PyTree
+
+
+def apply(
+    rule: Limit, step: Any, rule_state: PyTree, part: Partition, params: PyTree, options: Options
+) -> Applied:
+    """Rescales a tree that has been taken apart; it must have at least one row."""
+    table = table_of(part, options)
+    found = measured(part, part.leaves, table, options)
+    norm = found.norm
+    total = merge(options.norm, norm, table.sizes)
+    of_params = None
+    if rule.needs_params:
+        if params is None:
+            raise ValueError(_checks.NO_PARAMS)
+        matched = matching(part, params, options.groups.names, "limits.relative")
+        of_params = measured(part, matched, table, options).norm.astype(norm.dtype)
+    context = Context(step, table, options.norm, total, of_params)
+    limit, rule_state = rule.update(norm, rule_state, context)
+    limit = jnp.maximum(_per_row(limit, part), 0).astype(norm.dtype)
+    made = factors(found, limit, options.response, options.eps)
+    finite = jnp.isfinite(norm)
+    usable = finite & ~jnp.isnan(limit)
+    bad = jnp.nan if options.nonfinite == "propagate" else 0.0
+    leaves = _scaled(part, jnp.where(usable, made.code, bad), norm, options.nonfinite == "zero")
+    after = jnp.where(usable, _norm_after(found, made, table, options.norm), bad)
+    factor = jnp.where(usable, made.factor, bad)
+    stats = Stats(norm, after, limit, factor, usable & (factor != 1), ~finite)
+    return Applied(leaves, _reported(stats), _reported(_whole(stats, total, table, options.norm)), rule_state)
+
+
+def table_of(part: Partition, options: Options) -> Table:
+    """The table of the rows; sizes count the entries on all devices that a leaf is split over."""
+    if not options.axis_name:
+        return part.table
+    sizes = np.zeros(len(part.table.names))
+    for leaf, place in zip(part.leaves, part.places, strict=True):
+        if place is not None and place.measured:
+            count = math.prod(leaf.shape[axis] for axis in place.axes)
+            devices = _mesh.axis_size(_mesh.split_axes(leaf, options.axis_name))
+            sizes[place.first : place.first + count] += leaf.size // count * devices
+    return part.table._replace(sizes=sizes)
+
+
+def measured(part: Partition, leaves: Sequence[Any], table: Table, options: Options) -> Measured:
+    """Measures the rows of a partition, on its own leaves or on others of the same shapes."""
+    chosen = {k: place for k, place in enumerate(part.places) if place is not None and place.measured}
+    wide = any(jnp.finfo(part.leaves[k].dtype).bits == 64 for k in chosen)
+    return measure(
+        [jnp.asarray(leaves[k]) for k in chosen],
+        places=tuple(chosen.values()),
+        sizes=tuple(table.sizes.tolist()),
+        norm=options.norm,
+        axis_name=options.axis_name,
+        dtype=np.dtype(np.float64 if wide else np.float32),
+    )
+
+
+def _scaled(part: Partition, code: jax.Array, norm: jax.Array, drop: bool) -> list[Any]:
+    chosen = {k: place for k, place in enumerate(part.places) if place is not None and place.scaled}
+    old = [jnp.asarray(part.leaves[k]) for k in chosen]
+    new = scale(old, code, norm[0], places=tuple(chosen.values()), drop=drop)
+    leaves = list(part.leaves)
+    for k, leaf in zip(chosen, new, strict=True):
+        leaves[k] = leaf
+    return leaves
+
+
+def _per_row(limit: jax.Array, part: Partition) -> jax.Array:
+    rows = len(part.table.names)
+    if limit.size == 1:
+        limit = limit.reshape(())
+    elif limit.shape != (rows,):
+        raise ValueError(
+            f"rescale_by_norm: the limit has shape {limit.shape} for {rows} rows of groups, "
+            f"{_checks.listed(part.table.names)}. Pass one number, one per row, or limits.per_group."
+        )
+    return jnp.broadcast_to(limit, (rows,))
+
+
+def _norm_after(found: Measured, made: Factors, table: Table, norm: Norm) -> jax.Array:
+    if found.fixed is None or found.free is None:
+        return made.after
+    # What is counted and not scaled is still there afterwards.
+    parts = jnp.stack([found.free * made.factor, found.fixed])
+    return jnp.where(made.factor == 1, found.norm, merge(norm, parts, table.sizes, table.sizes))
+
+
+def _whole(stats: Stats, total: jax.Array, table: Table, norm: Norm) -> Stats:
+    both = jnp.stack([stats.norm_after, stats.limit], axis=1)
+    after, limit = merge(norm, both, table.sizes[:, None])
+    some = (total > 0) & jnp.isfinite(total)
+    ratio = jnp.where(some, after / jnp.where(some, total, 1), jnp.where(total == 0, 1, after))
+    return Stats(total, after, limit, ratio, jnp.any(stats.clipped), jnp.any(stats.nonfinite))
+
+
+def _reported(stats: Stats) -> Stats:
+    """In the dtypes of the state: float32, at most its largest number unless infinite; int32 for counts."""
+    largest = float(jnp.finfo(jnp.float32).max)
+
+    def single(x: jax.Array) -> jax.Array:
+        return jnp.where(jnp.isfinite(x), jnp.minimum(x, largest), x).astype(jnp.float32)
+
+    return Stats(
+        norm=single(stats.norm),
+        norm_after=single(stats.norm_after),
+        limit=single(stats.limit),
+        factor=single(stats.factor),
+        clipped=stats.clipped.astype(jnp.int32),
+        nonfinite=stats.nonfinite.astype(jnp.int32),
+    )

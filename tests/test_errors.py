@@ -1,0 +1,220 @@
+"""Bad input gets a clear error at the earliest point: where, what was wrong, at which leaf, what to do."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optaxclip as oc
+
+PARAMS = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}, "head": {"kernel": jnp.ones((3, 2))}}
+LEAF = oc.groups.leaf()
+
+
+def init(groups, params=PARAMS):
+    return lambda: oc.clip_by_groupwise_norm(1.0, groups).init(params)
+
+
+def update(tx, updates=PARAMS, params=None, of=PARAMS):
+    return lambda: tx.update(updates, tx.init(of), params)
+
+
+FACTORY = [
+    (lambda: oc.clip_by_global_norm(-1), "rescale_by_norm: limit is -1, among the numbers from 0 to inf."),
+    (lambda: oc.clip_by_global_norm(float("nan")), "rescale_by_norm: limit is nan, among the numbers"),
+    (lambda: oc.clip_by_value(-1.0), "clip_by_value: max_delta is -1.0, among the numbers from 0 to inf."),
+    (lambda: oc.clip_by_global_norm(1.0, eps=-1e-6), "rescale_by_norm: eps is -1e-06"),
+    (lambda: oc.limits.constant(-2.0), "limits.constant: c is -2.0"),
+    (lambda: oc.limits.per_group({"a": -2.0}), "limits.per_group: 'a' is -2.0"),
+    (lambda: oc.limits.budget(-2.0), "limits.budget: total is -2.0"),
+    (
+        lambda: oc.limits.budget(1.0, by="layer"),
+        "limits.budget: by is 'layer'. Pass one of 'uniform', 'size'.",
+    ),
+    (lambda: oc.limits.relative(-0.1), "limits.relative: ratio is -0.1"),
+    (lambda: oc.limits.relative(0.1, floor=-1), "limits.relative: floor is -1"),
+    (lambda: oc.limits.after(-1, 1.0, 2.0), "limits.after: steps is -1, below 0. Pass 0 or more."),
+    (lambda: oc.responses.soft("hard"), "responses.soft: kind is 'hard'. Pass one of 'rational', 'sqrt'."),
+    (
+        lambda: oc.norms.lp(0.5),
+        "norms.lp: p is 0.5, among the finite orders from 1. Use norms.linf() for inf",
+    ),
+    (lambda: oc.norms.lp(np.inf), "norms.lp: p is inf"),
+    (lambda: oc.groups.depth(-1), "groups.depth: k is -1, below 0."),
+    (
+        lambda: oc.groups.regex({"a": "("}),
+        "groups.regex: the pattern '(' does not compile: missing ), unterm",
+    ),
+    (
+        lambda: oc.groups.regex({r"a\2": "(x)"}),
+        r"groups.regex: the name 'a\\2' refers to group '2', which the pattern '(x)' lacks.",
+    ),
+    (
+        lambda: oc.rescale_by_norm(1.0, nonfinite="skip"),
+        "rescale_by_norm: nonfinite is 'skip'. Pass one of 'propagate', 'zero'.",
+    ),
+    (
+        lambda: oc.adaptive_grad_clip(0.1, axis=0, groups=LEAF),
+        "adaptive_grad_clip: both axis and groups are given. Pass groups.unit(axis).",
+    ),
+]
+
+TYPES = [
+    (
+        lambda: oc.clip_by_global_norm("1"),
+        "rescale_by_norm: limit is '1', of type str. Pass a number or an arr",
+    ),
+    (
+        lambda: oc.clip_by_global_norm({"a": 1}),
+        "rescale_by_norm: limit is a dict. Pass limits.per_group({name",
+    ),
+    (lambda: oc.clip_by_value(None), "clip_by_value: max_delta is None, of type NoneType."),
+    (
+        lambda: oc.rescale_by_norm(1.0, groups=oc.groups.leaf),
+        "Pass one of optaxclip.groups. Call it: groups.leaf().",
+    ),
+    (lambda: oc.rescale_by_norm(1.0, groups="leaf"), "rescale_by_norm: groups is 'leaf', of type str."),
+    (
+        lambda: oc.rescale_by_norm(1.0, norm=2),
+        "rescale_by_norm: norm is 2, of type int. Pass one of optaxclip.n",
+    ),
+    (lambda: oc.rescale_by_norm(1.0, response=None), "rescale_by_norm: response is None, of type NoneType."),
+    (lambda: oc.limits.constant(None), "limits.constant: c is None"),
+    (lambda: oc.limits.schedule(1.0), "limits.schedule: fn is 1.0. Pass a function of the step."),
+    (lambda: oc.limits.per_group([1.0]), "limits.per_group: limits is of type list. Pass a dict"),
+    (lambda: oc.limits.budget(oc.limits.constant(1.0)), "limits.budget: total is a Limit."),
+    (lambda: oc.limits.relative(oc.limits.constant(1.0)), "limits.relative: ratio is a Limit."),
+    (lambda: oc.limits.after(1.5, 1.0, 2.0), "limits.after: steps is 1.5, of type float. Pass an integer."),
+    (lambda: oc.norms.lp("2"), "norms.lp: p is '2', of type str. Pass a Python number."),
+    (lambda: oc.groups.depth(1.0), "groups.depth: k is 1.0, of type float. Pass an integer."),
+    (
+        lambda: oc.groups.regex([("a", "b")]),
+        "groups.regex: rules is of type list. Pass a dict of name: pattern.",
+    ),
+    (lambda: oc.groups.regex({1: "a"}), "groups.regex: a group is called 1. Pass a str that is not empty"),
+    (lambda: oc.groups.regex({"a": 1}), "groups.regex: the pattern 1 is of type int. Pass a str."),
+    (lambda: oc.groups.regex({"a": [1]}), "groups.regex: the pattern 1 is of type int. Pass a str."),
+    (lambda: oc.groups.measured_only(""), "groups.measured_only: a group is called ''."),
+    (lambda: oc.groups.labels({"a": 1}), "groups.labels: a group is called 1."),
+    (lambda: oc.groups.unit(0.5), "groups.unit: axis is 0.5, of type float. Pass an integer."),
+    (
+        lambda: oc.groups.unit(jnp.float32(0)),
+        "Pass an integer. Under optax.inject_hyperparams, name it: static_args='axis'.",
+    ),
+    (lambda: oc.groups.stacked("layer", "x"), "groups.stacked: inner is 'layer', of type str."),
+    (lambda: oc.groups.layer(names=[1]), "groups.layer: names holds 1. Pass one path, a str, for each leaf."),
+    (lambda: oc.metrics(oc.clip_by_global_norm(1.0).init(PARAMS), norm="l2"), "metrics: norm is 'l2'"),
+]
+
+INIT = [
+    (
+        init(oc.groups.regex({"body": "dense"})),
+        "groups.regex: no rule matches leaf 'head/kernel'. Rules, in order: 'dense'. End with '.*' to catch the",
+    ),
+    (init(oc.groups.regex({r"\1": "(x?)"})), r"comes out empty at leaf 'dense/bias'. Add text to it."),
+    (
+        init(oc.groups.labels({"dense": "a"})),
+        "groups.labels: no name for leaf 'head/kernel'. Names are given at 'dense'. Add one at or above the leaf",
+    ),
+    (
+        init(oc.groups.unit(1)),
+        "groups.unit: axis 1 is out of range at leaf 'dense/bias', which has shape (3,).",
+    ),
+    (
+        init(oc.groups.unit(), {"w": jnp.ones((2,) * 7)}),
+        "groups.unit: leaf 'w' has rank 7, shape (2, 2, 2, 2, 2, 2, 2); the default knows ranks 0 to 6.",
+    ),
+    (
+        init(oc.groups.stacked(LEAF, "dense", axis=1)),
+        "groups.stacked: axis 1 is out of range at leaf 'dense/bias', which has shape (3,).",
+    ),
+    (
+        init(oc.groups.stacked(LEAF, "layers")),
+        "groups.stacked: no leaf matches 'layers', among 'dense/bias', 'dense/kernel', 'head/kernel'.",
+    ),
+    (
+        init(oc.groups.stacked(oc.groups.whole(), "head")),
+        "groups: group 'whole' has rows of shape (3,) at leaf 'head/kernel' and of shape () at leaf 'dense/bias'",
+    ),
+    (
+        init(oc.groups.labels({"dense": oc.groups.scaled_only("x"), "head": "y"})),
+        "groups: group 'x', of leaf 'dense/bias', is scaled but nothing in it is measured.",
+    ),
+    (
+        init(oc.groups.leaf(names=["a", "b"])),
+        "groups: names= has 2 paths for a tree of 3 leaves. Pass one per",
+    ),
+    (
+        lambda: oc.clip_by_layerwise_norm(oc.limits.per_group({"dense": 1.0, "haed": 1.0})).init(PARAMS),
+        "limits.per_group: there is no group 'haed'. Groups: 'dense', 'head'. Mend the name.",
+    ),
+    (
+        lambda: oc.clip_by_layerwise_norm(oc.limits.per_group({"dense": 1.0})).init(PARAMS),
+        "limits.per_group: group 'head' has no limit. Groups: 'dense', 'head'. Give it one, or jnp.inf.",
+    ),
+]
+
+UPDATE = [
+    (
+        update(oc.clip_by_layerwise_norm(1.0), updates={"dense": PARAMS["dense"]}),
+        "rescale_by_norm: the tree has 1 rows of groups, 'dense'; `init` saw 2. Pass updates with the structure",
+    ),
+    (
+        update(oc.adaptive_grad_clip(0.1)),
+        "You are using a transformation that requires the current value of para",
+    ),
+    (
+        update(oc.adaptive_grad_clip(0.1, groups=LEAF), params={"dense": PARAMS["dense"]}),
+        "limits.relative: the update's leaf 'head/kernel' has shape (3, 2), the tree has none.",
+    ),
+    (
+        update(oc.adaptive_grad_clip(0.1, groups=LEAF), params=jax.tree.map(jnp.ravel, PARAMS)),
+        "limits.relative: the update's leaf 'dense/kernel' has shape (4, 3), the tree has shape (12,) there.",
+    ),
+    (
+        update(oc.clip_by_layerwise_norm(jnp.ones(3))),
+        "rescale_by_norm: the limit has shape (3,) for 2 rows of groups, 'dense', 'head'. Pass one number, one",
+    ),
+    (
+        lambda: oc.metrics(optax.sgd(0.1).init(PARAMS)),
+        "metrics: no RescaleState in a state of type tuple. Pass the state of an optimizer with one of",
+    ),
+    (
+        lambda: oc.metrics(oc.clip_by_layerwise_norm(1.0).init(PARAMS), PARAMS),
+        "metrics: the state has 2 rows; these groups and parameters have 1: 'whole'. Pass the groups and the tre",
+    ),
+    (
+        lambda: oc.metrics(oc.clip_by_global_norm(1.0).init(PARAMS), PARAMS, [LEAF, LEAF]),
+        "metrics: 2 groups for 1 states. Pass one for each state.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), FACTORY + INIT + UPDATE)
+def test_values_that_are_wrong_are_named(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+@pytest.mark.parametrize(("call", "message"), TYPES)
+def test_types_that_are_wrong_are_named(call, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        call()
+
+
+def test_a_limit_with_state_is_refused_where_there_is_none():
+    counter = oc.Limit(lambda table: jnp.zeros(()), lambda norm, state, ctx: (state, state + 1))
+    with pytest.raises(
+        TypeError, match="rescale_tree: the limit remembers earlier norms. Use it in rescale_by"
+    ):
+        oc.rescale_tree(PARAMS, counter)
+
+
+def test_a_group_called_whole_among_others_is_refused_in_metrics():
+    groups = oc.groups.regex({"whole": "head", "rest": ".*"})
+    state = oc.clip_by_groupwise_norm(1.0, groups).init(PARAMS)
+    with pytest.raises(ValueError, match="a group among others is called 'whole'"):
+        oc.metrics(state, PARAMS, groups)

@@ -1,0 +1,92 @@
+"""What the state says happened, by name."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optaxclip as oc
+
+GRADS = {"a": {"w": jnp.array([3.0, 4.0])}, "b": {"w": jnp.array([0.6, 0.8])}}
+
+
+def run(tx, *scales):
+    """The state after steps with scaled gradients."""
+    state = tx.init(GRADS)
+    for scale in scales:
+        _, state = tx.update(jax.tree.map(lambda g: scale * g, GRADS), state, GRADS)  # noqa: B023
+    return state
+
+
+def test_statistics_per_group_and_for_the_whole():
+    state = run(oc.clip_by_layerwise_norm(2.0), 1.0, 0.1, np.nan, 1.0)
+    found = oc.metrics(state, GRADS, oc.groups.layer())
+    expected = {
+        "clip/norm_before/a": 5,
+        "clip/norm_after/a": 2,
+        "clip/limit/a": 2,
+        "clip/factor/a": 0.4,
+        "clip/clipped_fraction/a": 0.5,
+        "clip/nonfinite_count/a": 1,
+        "clip/norm_before/b": 1,
+        "clip/norm_after/b": 1,
+        "clip/limit/b": 2,
+        "clip/factor/b": 1,
+        "clip/clipped_fraction/b": 0,
+        "clip/nonfinite_count/b": 1,
+        "clip/norm_before/whole": 26**0.5,
+        "clip/norm_after/whole": 5**0.5,
+        "clip/limit/whole": 8**0.5,
+        "clip/factor/whole": (5 / 26) ** 0.5,
+        "clip/clipped_fraction/whole": 0.5,
+        "clip/nonfinite_count/whole": 1,
+    }
+    assert list(found) == list(expected)
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-6)
+
+
+def test_norm_before_and_after_are_not_to_be_confused():
+    """The norm before the clip is what came in, however hard it was clipped."""
+    found = oc.metrics(run(oc.clip_by_global_norm(1.0), 100.0))
+    np.testing.assert_allclose(found["clip/norm_before/whole"], 100 * 26**0.5, rtol=1e-6)
+    np.testing.assert_allclose(found["clip/norm_after/whole"], 1, rtol=1e-6)
+
+
+def test_metrics_inside_jit_equal_those_outside():
+    state = run(oc.clip_by_layerwise_norm(2.0), 1.0)
+    inside = jax.jit(lambda state: oc.metrics(state, GRADS, oc.groups.layer()))(state)
+    outside = oc.metrics(state, GRADS, oc.groups.layer())
+    assert {k: float(v) for k, v in inside.items()} == pytest.approx(
+        {k: float(v) for k, v in outside.items()}
+    )
+
+
+def test_several_states_are_numbered():
+    tx = optax.chain(oc.clip_by_layerwise_norm(2.0), oc.clip_by_global_norm(1.0), optax.sgd(0.1))
+    found = oc.metrics(
+        run(tx, 1.0), GRADS, [oc.groups.layer(), oc.groups.whole()], prefix="train/clip", separator="|"
+    )
+    assert "train/clip_0|norm_after|a" in found
+    np.testing.assert_allclose(found["train/clip_1|norm_before|whole"], 5**0.5, rtol=1e-6)
+
+
+def test_groups_of_many_rows_are_put_together():
+    grads = {"kernel": jnp.stack([jnp.array([3.0, 4.0])] * 100, axis=1), "bias": jnp.ones(4)}
+    tx = oc.clip_by_unitwise_norm(2.5)
+    _, state = tx.update(grads, tx.init(grads))
+    found = oc.metrics(state, grads, oc.groups.unit())
+    assert len(found) == 3 * 6
+    np.testing.assert_allclose(found["clip/norm_before/kernel"], 50, rtol=1e-6)
+    np.testing.assert_allclose(found["clip/norm_after/kernel"], 25, rtol=1e-6)
+    np.testing.assert_allclose(found["clip/factor/kernel"], 0.5, rtol=1e-6)
+    np.testing.assert_allclose(found["clip/clipped_fraction/kernel"], 1)
+    assert "clip/factor/kernel[99]" in oc.metrics(state, grads, oc.groups.unit(), expand=100)
+
+
+def test_clipping_by_value_counts_entries_and_steps():
+    tx = oc.clip_by_value(3.5)
+    state = run(tx, 1.0, 0.1, np.nan)
+    assert (state.step, state.clipped, state.nonfinite) == (3, 1, 1)
+    _, state = tx.update(GRADS, state)
+    assert state.share == 0.25

@@ -1,0 +1,194 @@
+"""Many devices: eight of the CPU's, in a mesh of four by two."""
+
+import collections
+import functools
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import optaxclip as oc
+
+pytestmark = pytest.mark.skipif(jax.device_count("cpu") < 8, reason="needs eight CPU devices")
+
+SHAPES = {
+    "embed": {"table": (16, 8)},
+    "layers": {"kernel": (4, 8, 16), "bias": (4, 16)},
+    "head": {"kernel": (16, 8), "scale": ()},
+}
+LAYOUTS = {
+    "fsdp": {
+        "embed": {"table": P("data")},
+        "layers": {"kernel": P(None, "data"), "bias": P(None, "data")},
+        "head": {"kernel": P("data"), "scale": P()},
+    },
+    "tensor": {
+        "embed": {"table": P(None, "model")},
+        "layers": {"kernel": P(None, None, "model"), "bias": P(None, "model")},
+        "head": {"kernel": P("model"), "scale": P()},
+    },
+    "mixed": {
+        "embed": {"table": P("data", "model")},
+        "layers": {"kernel": P("data", "model"), "bias": P("data")},
+        "head": {"kernel": P(None, "model"), "scale": P()},
+    },
+}
+AXIS_SETS = {"fsdp": 1, "tensor": 1, "mixed": 3}  # distinct sets of mesh axes that leaves are split over
+METHODS = {
+    "whole": lambda **kw: oc.clip_by_global_norm(1.0, **kw),
+    "layer": lambda **kw: oc.clip_by_layerwise_norm(1.0, **kw),
+    "leaf": lambda **kw: oc.clip_by_leafwise_norm(1.0, **kw),
+    "leaf, linf": lambda **kw: oc.rescale_by_norm(0.1, groups=oc.groups.leaf(), norm=oc.norms.linf(), **kw),
+    "leaf, rms": lambda **kw: oc.clip_by_block_rms(0.1, **kw),
+    "leaf, budget": lambda **kw: oc.rescale_by_norm(
+        oc.limits.budget(1.0, by="size"), groups=oc.groups.leaf(), **kw
+    ),
+    "leaf, relative": lambda **kw: oc.adaptive_grad_clip(0.1, groups=oc.groups.leaf(), **kw),
+    "leaf, lp(3)": lambda **kw: oc.rescale_by_norm(0.1, groups=oc.groups.leaf(), norm=oc.norms.lp(3), **kw),
+    "unit": lambda **kw: oc.clip_by_unitwise_norm(0.1, **kw),
+    "unit, relative": lambda **kw: oc.adaptive_grad_clip(0.1, **kw),
+    "stacked": lambda **kw: oc.rescale_by_norm(
+        1.0, groups=oc.groups.stacked(oc.groups.layer(), "layers"), **kw
+    ),
+}
+ONE_ROW = ["whole", "layer", "leaf, linf", "leaf, rms", "leaf, relative"]  # per leaf
+MANY_ROWS = ["unit", "unit, relative", "stacked"]
+EVERYWHERE = ["whole", "leaf, linf", "unit", "stacked"]  # also with the simpler layouts
+MESHES = {"auto": (AxisType.Auto,) * 2, "explicit": (AxisType.Explicit,) * 2}
+SETTINGS = [
+    pytest.param(mesh, layout, method, id=f"{mesh}-{layout}-{method}")
+    for mesh in MESHES
+    for layout in LAYOUTS
+    for method in (EVERYWHERE if layout != "mixed" else ONE_ROW + MANY_ROWS)
+]
+
+
+def is_shape(x):
+    return isinstance(x, tuple)
+
+
+def is_spec(x):
+    return isinstance(x, P)
+
+
+def normal(seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda shape: rng.normal(size=shape).astype(np.float32), SHAPES, is_leaf=is_shape)
+
+
+GRADS, PARAMS = normal(0), normal(1)
+
+
+def spiked(tree, leaf, value):
+    """The tree with one entry of a leaf replaced, in the shard of the last device."""
+    group, name = leaf.split("/")
+    new = jax.tree.map(np.copy, tree)
+    new[group][name][(-1,) * new[group][name].ndim] = value
+    return new
+
+
+VALUES = {
+    "ordinary": GRADS,
+    "small enough": jax.tree.map(lambda x: 1e-4 * x, GRADS),
+    "all 1e20": jax.tree.map(lambda x: np.float32(1e20) * x, GRADS),
+    "all 3e38": jax.tree.map(lambda x: np.full_like(x, 3e38), GRADS),
+    "all 1e-25": jax.tree.map(lambda x: np.float32(1e-25) * x, GRADS),
+    "one 3e38": spiked(GRADS, "layers/kernel", 3e38),
+    "one NaN": spiked(GRADS, "embed/table", np.nan),
+    "one inf": spiked(GRADS, "layers/bias", np.inf),
+    "zeros": jax.tree.map(np.zeros_like, GRADS),
+}
+
+
+def mesh_of(kind):
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=MESHES[kind], devices=jax.devices("cpu"))
+
+
+def put(tree, mesh, layout):
+    return jax.tree.map(
+        lambda spec, x: jax.device_put(x, NamedSharding(mesh, spec)), layout, tree, is_leaf=is_spec
+    )
+
+
+@functools.cache
+def on_one_device(method):
+    tx = METHODS[method]()
+    return jax.jit(tx.update).lower(GRADS, tx.init(PARAMS), PARAMS).compile()
+
+
+@functools.cache
+def on_all_devices(kind, layout, method):
+    tx, mesh = METHODS[method](), mesh_of(kind)
+    grads, params = (put(tree, mesh, LAYOUTS[layout]) for tree in (GRADS, PARAMS))
+    return jax.jit(tx.update).lower(grads, tx.init(params), params).compile()
+
+
+def collectives(compiled):
+    """How many elements each collective operation brings to a device, by kind of operation."""
+    found = collections.defaultdict(list)
+    for line in compiled.as_text().splitlines():
+        match = re.search(r" = (.*?) (all-\w+|collective-\w+|reduce-scatter|ragged-[\w-]+)(-start)?\(", line)
+        if match:
+            shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
+            sizes = (math.prod(int(n) for n in shape.split(",") if n) for shape in shapes)
+            found[match[2]].append(sum(sizes))
+    return found
+
+
+def assert_same(actual, expected, rtol=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol), actual, expected)
+
+
+@pytest.mark.parametrize(("kind", "layout", "method"), SETTINGS)
+def test_sharded_update_equals_the_single_device_one(kind, layout, method):
+    """Under jit, updates and state do not depend on how leaves are split, whatever their magnitude."""
+    tx, mesh = METHODS[method](), mesh_of(kind)
+    params = put(PARAMS, mesh, LAYOUTS[layout])
+    for grads in VALUES.values():
+        expected = on_one_device(method)(grads, tx.init(PARAMS), PARAMS)
+        sharded = put(grads, mesh, LAYOUTS[layout])
+        actual = on_all_devices(kind, layout, method)(sharded, tx.init(params), params)
+        assert_same(actual, expected)
+
+
+@pytest.mark.parametrize(("kind", "layout", "method"), SETTINGS)
+def test_output_keeps_its_sharding(kind, layout, method):
+    """Every leaf comes out split over the same devices as it came in."""
+    outputs = on_all_devices(kind, layout, method).output_shardings[0]
+    mesh = mesh_of(kind)
+
+    def same(spec, actual, x):
+        return actual.is_equivalent_to(NamedSharding(mesh, spec), x.ndim)
+
+    assert jax.tree.all(jax.tree.map(same, LAYOUTS[layout], outputs, GRADS, is_leaf=is_spec))
+
+
+@pytest.mark.parametrize(("kind", "layout", "method"), [p for p in SETTINGS if p.values[2] in ONE_ROW])
+def test_one_all_reduce_for_each_set_of_axes(kind, layout, method):
+    """Groups of whole leaves cost one all-reduce for each set of axes leaves are split over, and no gather.
+
+    A limit relative to the parameters measures these as well, and costs as much again.
+    """
+    found = collectives(on_all_devices(kind, layout, method))
+    measured = 2 if "relative" in method else 1
+    assert set(found) == {"all-reduce"}
+    assert len(found["all-reduce"]) == measured * AXIS_SETS[layout]
+
+
+@pytest.mark.parametrize(("kind", "layout", "method"), [p for p in SETTINGS if p.values[2] in MANY_ROWS])
+def test_only_row_norms_are_gathered(kind, layout, method):
+    """Groups with a row per index of a split axis gather one number per row, and never a leaf."""
+    found = collectives(on_all_devices(kind, layout, method))
+    rows = len(METHODS[method]().init(GRADS).norm)
+    measured = 2 if "relative" in method else 1
+    assert set(found) <= {"all-reduce", "all-gather"}
+    assert len(found["all-reduce"]) <= measured * AXIS_SETS[layout]
+    assert sum(found["all-gather"]) <= 2 * measured * rows
+
+
+def test_orders_above_two_cost_two_all_reduces():
+    """The norm of order 3 reads the update twice: once for the largest entries, once for the powers."""
+    assert len(collectives(on_all_devices("auto", "fsdp", "leaf, lp(3)"))["all-reduce"]) == 2
