@@ -75,8 +75,8 @@ def clip_by_value(max_delta: float | jax.Array) -> optax.GradientTransformationE
         new = ClipByValueState(
             step=jnp.asarray(optax.safe_increment(state.step)),
             share=share,
-            clipped=state.clipped + (over > 0),
-            nonfinite=state.nonfinite + bad,
+            clipped=state.clipped + (over > 0).astype(jnp.int32),
+            nonfinite=state.nonfinite + bad.astype(jnp.int32),
         )
         return jax.tree.unflatten(part.treedef, leaves), new
 

@@ -123,9 +123,10 @@ def _bins(
         values, scale = _flat(partials), _flat(scales)
         apart = jnp.where(scale[None] == levels[:, None], values[None], 0)
         part = _segments(apart, np.concatenate([block.rows for block in alike]), rows, norm)
+        part = _without_nan(part) if norm.combine == "max" else part
         split = _mesh.split_axes(alike[0].array, axis_name)
         if split:
-            part = reduce(_without_nan(part) if norm.combine == "max" else part, tuple(sorted(split)))
+            part = reduce(part, tuple(sorted(split)))
         parts.append(part)
     return parts[0] if len(parts) == 1 else _add(norm)(jnp.stack(parts), axis=0), levels
 
@@ -210,7 +211,8 @@ def _levels(norm: Norm, dtype: np.dtype) -> np.ndarray:
 
 def widen(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """The array in a real dtype, or in the complex one of the same precision if it is complex."""
-    return x.astype({32: jnp.complex64, 64: jnp.complex128}[jnp.finfo(dtype).bits] if jnp.iscomplexobj(x) else dtype)
+    paired = jnp.complex128 if jnp.finfo(dtype).bits == 64 else jnp.complex64
+    return x.astype(paired if jnp.iscomplexobj(x) else dtype)
 
 
 def times(x: jax.Array, factor: jax.Array) -> jax.Array:
@@ -219,7 +221,7 @@ def times(x: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def _without_nan(x: jax.Array) -> jax.Array:
-    """Infinity in place of NaN, which a maximum over devices would pass over."""
+    """Infinity in place of NaN, which a maximum over devices would pass over. Both are not finite."""
     return jnp.where(jnp.isnan(x), jnp.inf, x)
 
 

@@ -98,50 +98,58 @@ def _is_state(x: Any) -> bool:
 def _of_state(
     state: RescaleState, params: PyTree, groups: Groups, norm: Norm, expand: int
 ) -> dict[tuple[str, str], Any]:
+    xp = jnp
     if not any(isinstance(x, Tracer) for x in jax.tree.leaves(state)):
-        state = jax.device_get(state)  # one transfer, in place of one for each scalar
-    stats = Stats(*(getattr(state, field) for field in Stats._fields))
+        state, xp = jax.device_get(state), np  # one transfer, in place of one for each scalar
+    step = xp.maximum(state.step, 1).astype(np.float32)
     found = {}
     if params is not None:
-        table = partition(groups, params).table
-        if stats.norm.shape != (len(table.names),):
-            raise ValueError(
-                f"metrics: the state has {len(stats.norm)} rows; these groups and parameters have "
-                f"{len(table.names)}: {_checks.listed(table.names)}. Pass the groups and the tree that the "
-                "transformation was given."
-            )
-        if "whole" in table.spans and len(table.spans) > 1:
-            raise ValueError(
-                "metrics: a group among others is called 'whole', as all together are. Rename it."
-            )
+        table = _table(state, params, groups)
+        stats = _columns(Stats(*(getattr(state, field) for field in Stats._fields)), step)
         for group, (first, count) in table.spans.items():
-            own = slice(first, first + count)
             if count > expand:
-                together = _together(stats, own, table, norm)
-                found |= _scalars(group, together, state.step)
+                together = _together(stats, slice(first, first + count), table, norm)
+                found |= {(statistic, group): value for statistic, value in together.items()}
             else:
                 for row in range(first, first + count):
-                    found |= _scalars(table.names[row], Stats(*(x[row] for x in stats)), state.step)
-    return found | _scalars("whole", state.whole, state.step)
+                    found |= {(statistic, table.names[row]): x[row] for statistic, x in stats.items()}
+    return found | {(statistic, "whole"): x for statistic, x in _columns(state.whole, step).items()}
 
 
-def _together(stats: Stats, own: slice, table: Table, norm: Norm) -> Stats:
-    """Many rows as one: norms put together, counts averaged over the rows."""
-    before, after, limit = (
-        merge(norm, jnp.asarray(x[own]), table.sizes[own])
-        for x in (stats.norm, stats.norm_after, stats.limit)
-    )
-    factor = jnp.where(before > 0, after / jnp.where(before > 0, before, 1), 1)
-    return Stats(before, after, limit, factor, jnp.mean(stats.clipped[own]), jnp.max(stats.nonfinite[own]))
+def _table(state: RescaleState, params: PyTree, groups: Groups) -> Table:
+    """The table of the groups, checked against the state."""
+    table = partition(groups, params).table
+    if state.norm.shape != (len(table.names),):
+        raise ValueError(
+            f"metrics: the state has {len(state.norm)} rows; these groups and parameters have "
+            f"{len(table.names)}: {_checks.listed(table.names)}. Pass the groups and the tree that the "
+            "transformation was given."
+        )
+    if "whole" in table.spans and len(table.spans) > 1:
+        raise ValueError("metrics: a group among others is called 'whole', as all together are. Rename it.")
+    return table
 
 
-def _scalars(group: str, stats: Stats, step: Any) -> dict[tuple[str, str], Any]:
-    values = {
+def _columns(stats: Stats, step: Any) -> dict[str, Any]:
+    """The statistics by the names they are reported under."""
+    return {
         "norm_before": stats.norm,
         "norm_after": stats.norm_after,
         "limit": stats.limit,
         "factor": stats.factor,
-        "clipped_fraction": stats.clipped / jnp.maximum(step, 1),
+        "clipped_fraction": stats.clipped.astype(np.float32) / step,
         "nonfinite_count": stats.nonfinite,
     }
-    return {(statistic, group): value for statistic, value in values.items()}
+
+
+def _together(stats: dict[str, Any], own: slice, table: Table, norm: Norm) -> dict[str, Any]:
+    """Many rows as one: norms put together, the share of clipped rows, the most frequent non-finite one."""
+    found = {
+        statistic: merge(norm, jnp.asarray(stats[statistic][own]), table.sizes[own])
+        for statistic in ("norm_before", "norm_after", "limit")
+    }
+    before, after = found["norm_before"], found["norm_after"]
+    found["factor"] = jnp.where(before > 0, after / jnp.where(before > 0, before, 1), 1)
+    found["clipped_fraction"] = stats["clipped_fraction"][own].mean()
+    found["nonfinite_count"] = stats["nonfinite_count"][own].max()
+    return found

@@ -1,9 +1,9 @@
 """How large a norm may be.
 
 Wherever a limit is asked for, a number, an array (traced or not, of any floating dtype), a schedule (any
-callable of the step, int32) or one of these will do. A negative or NaN limit is an error where it is a Python
-number; as an array a negative one counts as 0, and NaN does to a group what a NaN entry does. An infinite limit
-changes nothing.
+callable of the step, int32) or one of these will do. An infinite limit changes nothing. A negative or NaN
+limit is an error where it is a Python number; as an array a negative one counts as 0, and NaN does to a group
+what a NaN entry does.
 """
 
 from collections.abc import Callable, Mapping

@@ -112,12 +112,12 @@ TYPES = [
 INIT = [
     (
         init(oc.groups.regex({"body": "dense"})),
-        "groups.regex: no rule matches leaf 'head/kernel'. Rules, in order: 'dense'. End with '.*' to catch the",
+        "groups.regex: no rule matches leaf 'head/kernel'. Rules, in order: 'dense'. End with '.*' to catch",
     ),
     (init(oc.groups.regex({r"\1": "(x?)"})), r"comes out empty at leaf 'dense/bias'. Add text to it."),
     (
         init(oc.groups.labels({"dense": "a"})),
-        "groups.labels: no name for leaf 'head/kernel'. Names are given at 'dense'. Add one at or above the leaf",
+        "groups.labels: no name for leaf 'head/kernel'. Names are given at 'dense'. Add one at or above",
     ),
     (
         init(oc.groups.unit(1)),
@@ -137,7 +137,7 @@ INIT = [
     ),
     (
         init(oc.groups.stacked(oc.groups.whole(), "head")),
-        "groups: group 'whole' has rows of shape (3,) at leaf 'head/kernel' and of shape () at leaf 'dense/bias'",
+        "groups: group 'whole' has rows of shape (3,) at leaf 'head/kernel' and of shape () at leaf",
     ),
     (
         init(oc.groups.labels({"dense": oc.groups.scaled_only("x"), "head": "y"})),
@@ -160,7 +160,7 @@ INIT = [
 UPDATE = [
     (
         update(oc.clip_by_layerwise_norm(1.0), updates={"dense": PARAMS["dense"]}),
-        "rescale_by_norm: the tree has 1 rows of groups, 'dense'; `init` saw 2. Pass updates with the structure",
+        "rescale_by_norm: the tree has 1 rows of groups, 'dense'; `init` saw 2. Pass updates with the",
     ),
     (
         update(oc.adaptive_grad_clip(0.1)),
@@ -176,7 +176,7 @@ UPDATE = [
     ),
     (
         update(oc.clip_by_layerwise_norm(jnp.ones(3))),
-        "rescale_by_norm: the limit has shape (3,) for 2 rows of groups, 'dense', 'head'. Pass one number, one",
+        "rescale_by_norm: the limit has shape (3,) for 2 rows of groups, 'dense', 'head'. Pass one number",
     ),
     (
         lambda: oc.metrics(optax.sgd(0.1).init(PARAMS)),
@@ -184,7 +184,7 @@ UPDATE = [
     ),
     (
         lambda: oc.metrics(oc.clip_by_layerwise_norm(1.0).init(PARAMS), PARAMS),
-        "metrics: the state has 2 rows; these groups and parameters have 1: 'whole'. Pass the groups and the tre",
+        "metrics: the state has 2 rows; these groups and parameters have 1: 'whole'. Pass the groups and",
     ),
     (
         lambda: oc.metrics(oc.clip_by_global_norm(1.0).init(PARAMS), PARAMS, [LEAF, LEAF]),
@@ -207,9 +207,7 @@ def test_types_that_are_wrong_are_named(call, message):
 
 def test_a_limit_with_state_is_refused_where_there_is_none():
     counter = oc.Limit(lambda table: jnp.zeros(()), lambda norm, state, ctx: (state, state + 1))
-    with pytest.raises(
-        TypeError, match="rescale_tree: the limit remembers earlier norms. Use it in rescale_by"
-    ):
+    with pytest.raises(TypeError, match=r"rescale_tree: the limit remembers earlier norms\. Use it in"):
         oc.rescale_tree(PARAMS, counter)
 
 

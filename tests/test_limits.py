@@ -41,7 +41,7 @@ def test_schedules_see_the_number_of_updates_before():
 
 
 def test_per_group_limits_may_be_anything_a_limit_may_be():
-    limit = oc.limits.per_group({"b": oc.limits.after(1, 5.0, 7.0), "a": lambda step: 1.0 + step})
+    limit = oc.limits.per_group({"b": oc.limits.after(1, 5.0, 7.0), "a": optax.linear_schedule(1.0, 3.0, 2)})
     assert limits(limit, steps=2) == [[1, 5], [2, 7]]
 
 
@@ -89,7 +89,7 @@ def test_relative_limits_find_parameters_by_path():
 
 
 def test_at_most_and_after_combine_limits():
-    limit = oc.limits.at_most(oc.limits.after(2, jnp.inf, 1.0), lambda step: 5.0 - step)
+    limit = oc.limits.at_most(oc.limits.after(2, jnp.inf, 1.0), optax.linear_schedule(5.0, 1.0, 4))
     assert limits(limit, steps=4) == [[5, 5], [4, 4], [1, 1], [1, 1]]
 
 

@@ -128,8 +128,13 @@ def test_the_dtype_out_is_the_dtype_in_whatever_that_of_the_limit(limit_dtype):
 
 @pytest.mark.parametrize(
     ("leaves", "leaf_dtype", "kind"),
-    [(1, "bfloat16", "l2"), (148, "bfloat16", "l1"), (148, "float16", "l2"), (2000, "bfloat16", "l2")]
-    + [(2000, "float32", "l2")],
+    [
+        (1, "bfloat16", "l2"),
+        (148, "bfloat16", "l1"),
+        (148, "float16", "l2"),
+        (2000, "bfloat16", "l2"),
+        (2000, "float32", "l2"),
+    ],
 )
 def test_norms_of_many_leaves_are_right_to_1e_6(leaves, leaf_dtype, kind):
     """Adding leaves up in their own dtype would be 60 % wrong for 2,000 leaves of bfloat16."""
