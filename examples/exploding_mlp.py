@@ -172,15 +172,20 @@ def train(
     Returns:
       The parameters, the optimizer's state and the `Trace`, NumPy arrays with a row for each step.
     """
-    optimizer = optax.chain(clip, optax.sgd(setting.learning_rate, momentum=MOMENTUM))
+    keep = optax.GradientTransformation(
+        lambda params: params, lambda updates, state, params: (updates, updates)
+    )
+    optimizer = optax.chain(clip, keep, optax.sgd(setting.learning_rate, momentum=MOMENTUM))
 
     def step(carry, batch):
         params, state = carry
         loss, grads = jax.value_and_grad(mean_loss)(params, data.train_x[batch], data.train_y[batch])
-        clipped, _ = clip.update(grads, state[0], params)  # to look at; compiled, it is computed once
         updates, state = optimizer.update(grads, state, params)
         norms = jnp.stack(list(oc.group_norms(grads, oc.groups.layer()).values()))
-        return (optax.apply_updates(params, updates), state), Trace(loss, norms, cosine(grads, clipped))
+        trace = Trace(
+            loss, norms, cosine(grads, state[1])
+        )  # state[1] is what `keep` kept: the clipped update
+        return (optax.apply_updates(params, updates), state), trace
 
     chunk = max(size for size in range(1, 101) if setting.steps % size == 0)
     rng = np.random.default_rng(setting.seed)
@@ -243,7 +248,13 @@ def compare(setting: Setting, console: Console) -> tuple[dict[str, Result], dict
 def table(results: dict[str, Result]) -> Table:
     """The results, with the best accuracy in bold and runs that died in red."""
     made = Table("policy", "limit", title="Digits read by a deep network, by clipping policy")
-    for heading in ("test accuracy", "final loss", "first non-\nfinite step", "steps\nclipped", "mean cosine"):
+    for heading in (
+        "test accuracy",
+        "final loss",
+        "first non-\nfinite step",
+        "steps\nclipped",
+        "mean cosine",
+    ):
         made.add_column(heading, justify="right")
     best = max(result.test_accuracy for result in results.values())
     for name, result in results.items():
@@ -272,7 +283,9 @@ def conclusion(results: dict[str, Result]) -> str:
             "here. Try a larger --gain or --learning-rate."
         )
     if without.first_nonfinite_step:
-        first = f"Without clipping, training is over at step {without.first_nonfinite_step}: no longer finite."
+        first = (
+            f"Without clipping, training is over at step {without.first_nonfinite_step}: no longer finite."
+        )
     else:
         first = f"Without clipping, the network stays finite but reads only {without.test_accuracy:.1%}."
     if not trained:
@@ -281,3 +294,137 @@ def conclusion(results: dict[str, Result]) -> str:
         f"{first} {len(trained)} of {len(clipped)} policies train the same network past {TRAINED:.0%} "
         f"({', '.join(trained)}); {best} is best here with {clipped[best].test_accuracy:.1%} of unseen scans."
     )
+
+
+def bins(steps: int) -> np.ndarray:
+    """Where the columns of the figure begin: single steps at first, then ever more of them."""
+    return np.unique(np.geomspace(1, steps + 1, 161).astype(int))
+
+
+def draw_losses(axes: Axes, traces: dict[str, Trace], results: dict[str, Result]) -> None:
+    """The loss under each policy, with a cross at the top where a run died."""
+    start = max(float(np.nanmax(trace.loss[:1])) for trace in traces.values())
+    top = 300 * max(start, math.log(CLASSES))
+    axes.axhline(math.log(CLASSES), color="0.5", ls=":", lw=1)
+    axes.text(1.03, 0.8 * math.log(CLASSES), "guessing", color="0.35", va="top")
+    for name, trace in traces.items():
+        died, steps = results[name].first_nonfinite_step, len(trace.loss)
+        alive = trace.loss[: died - 1] if died else trace.loss
+        starts = bins(steps)[:-1]
+        starts = starts[starts <= len(alive)]
+        medians = [np.median(part) for part in np.split(alive, starts[1:] - 1)] if len(alive) else []
+        label = f"{name}: not finite from step {died}" if died else name
+        axes.plot(starts, np.maximum(medians, 1e-9), color=COLOURS[name], lw=3 if died else 1.5, label=label)
+        if died:
+            axes.plot(died, top, "X", color=COLOURS[name], ms=14, mec="white", clip_on=False, zorder=9)
+        axes.set(xscale="log", yscale="log", xlim=(1, steps))
+    axes.set(ylim=(None, top), xlabel="step", ylabel="loss of the batch")
+    axes.set_title("Training loss (median where steps share a column; ✕ no longer finite)", loc="left")
+    axes.legend(loc="upper right", ncols=2)
+    axes.grid(color="0.92")
+
+
+def draw_norms(axes: Axes, name: str, norms: np.ndarray, scale: colors.Normalize, died: int | None) -> Any:
+    """The gradient norms of `norms`, `(layers, columns)`; hatched where they are not finite."""
+    edges, layers = bins(norms.shape[1]), norms.shape[0]
+    largest = np.maximum.reduceat(norms, edges[:-1] - 1, axis=1)
+    rows = np.arange(layers + 1) + 0.5
+    axes.patch.set(facecolor="0.85", hatch="////", edgecolor="0.6")
+    axes.set(xscale="log", xlim=(1, edges[-1]), ylim=(rows[-1], rows[0]))
+    axes.set_title(f"{name}: not finite from step {died}" if died else name, loc="left", color=COLOURS[name])
+    axes.yaxis.set_major_locator(ticker.MaxNLocator(nbins=6, integer=True))
+    return axes.pcolormesh(edges, rows, np.ma.masked_invalid(largest), norm=scale, cmap="viridis")
+
+
+def figure(traces: dict[str, Trace], results: dict[str, Result], setting: Setting) -> Figure:
+    """Above, the losses; below, under each policy, the norms of the raw gradients by layer and step."""
+    made = Figure(figsize=(13, 11), dpi=130, layout="constrained")
+    grid = made.add_gridspec(3, 3, height_ratios=(1.25, 1, 1))
+    draw_losses(made.add_subplot(grid[0, :]), traces, results)
+    clipped = np.concatenate([trace.norms.ravel() for name, trace in traces.items() if name != "none"])
+    clipped = clipped[np.isfinite(clipped) & (clipped > 0)]
+    low, high = (np.percentile(clipped, 5), clipped.max()) if clipped.size else (1e-3, 1e3)
+    scale, places, image = colors.LogNorm(low, max(high, 10 * low)), [], None
+    for k, (name, trace) in enumerate(traces.items()):
+        places.append(made.add_subplot(grid[1 + k // 3, k % 3]))
+        image = draw_norms(places[-1], name, trace.norms.T, scale, results[name].first_nonfinite_step)
+        places[-1].set(
+            xlabel="step" if k >= 3 else "", ylabel="layer (the first sees the scan)" if k % 3 == 0 else ""
+        )
+    made.colorbar(
+        image, ax=places, extend="both", label="raw gradient norm of a layer, largest in the column"
+    )
+    made.suptitle(f"Exploding gradients under six clipping policies\n{setting}", fontsize=12)
+    return made
+
+
+def positive(value: float) -> float:
+    """Lets positive, finite numbers through."""
+    if not (value > 0 and math.isfinite(value)):
+        raise typer.BadParameter(f"{value} is not a positive, finite number.")
+    return value
+
+
+def save(output: Path, setting: Setting, results: dict[str, Result], traces: dict[str, Trace]) -> list[Path]:
+    """Writes the figure and the table's numbers; in the JSON file null stands for what is not finite."""
+    rows = {name: result._asdict() for name, result in results.items()}
+    for row in rows.values():
+        row["final_loss"] = row["final_loss"] if math.isfinite(row["final_loss"]) else None
+    numbers = {"setting": dataclasses.asdict(setting), "policies": rows}
+    picture, text = output / "exploding_mlp.png", output / "exploding_mlp.json"
+    figure(traces, results, setting).savefig(picture)
+    text.write_text(json.dumps(numbers, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return [picture, text]
+
+
+app = typer.Typer(add_completion=False)
+Positive = Annotated[float, typer.Option(callback=positive)]
+
+
+@app.command(epilog="Where clipping is not needed: --gain 1 --learning-rate 0.003.")
+def main(
+    depth: Annotated[
+        int, typer.Option(min=2, help="Layers. Gradients grow with gain to the power of it.")
+    ] = 20,
+    width: Annotated[int, typer.Option(min=1, help="Units of each hidden layer.")] = 64,
+    gain: Annotated[
+        float,
+        typer.Option(
+            callback=positive, help="What a layer multiplies by at first; 1 is He's initialisation."
+        ),
+    ] = 1.3,
+    learning_rate: Annotated[float, typer.Option(callback=positive, help="Of SGD with momentum 0.9.")] = 0.05,
+    steps: Annotated[int, typer.Option(min=10, help="Updates under each policy.")] = 1500,
+    limit: Annotated[
+        float,
+        typer.Option(callback=positive, help="C, the largest norm of a clipped update, the same for all."),
+    ] = 1.0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Of the weights, batches and test set.")
+    ] = 0,
+    output: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder for the picture and the numbers.")
+    ] = Path("out"),
+) -> None:
+    """Trains one exploding network without clipping and under five clipping policies, and compares them.
+
+    The network is a deep multi-layer perceptron that reads handwritten digits. With a gain above 1 every layer
+    multiplies what it is given, so loss and gradients grow exponentially with depth. All policies start from the
+    same weights and see the same batches, and all may make updates of the same size: with C from --limit, global
+    clipping allows a norm of C in all, layerwise and leafwise clipping C/√G for each of G layers or leaves,
+    clipping by value C/√D for each of D entries, and adaptive clipping (agc) C/‖w‖ of each unit's weights.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"{error.strerror}: {output}", param_hint="'--output'") from error
+    console = Console()
+    setting = Setting(depth, width, gain, learning_rate, steps, limit, seed)
+    results, traces = compare(setting, console)
+    paths = save(output, setting, results, traces)
+    console.print(table(results), str(setting) + ".", conclusion(results), sep="\n", highlight=False)
+    console.print("Written:", *paths, highlight=False)
+
+
+if __name__ == "__main__":
+    app()

@@ -256,7 +256,7 @@ def _by_trial(arrays, reduced, levels, dtype, at_scales):
         ]
         return count + 1, again, _replicated(scales, arrays), partials
 
-    start = (jnp.int32(0), _mesh.vary_like(jnp.array(False), arrays[0]), _replicated(first, arrays), first)
+    start = *(_mesh.vary_like(x, arrays[0]) for x in (jnp.int32(0), jnp.array(False))), first, first
     _, _, scales, partials = lax.while_loop(unfinished, attempt, start)
     return _replicated(partials, arrays), _replicated(scales, arrays)
 

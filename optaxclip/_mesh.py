@@ -18,7 +18,8 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
 
 
 def vary_like(value: jax.Array, x: jax.Array) -> jax.Array:
-    """The value, typed as varying over the manual axes that `x` varies over."""
+    """The value, typed as varying over the manual axes that `x` varies over, and as of the same mesh."""
+    value = replicate(value, x)
     axes = tuple(varying_axes(x) - varying_axes(value))
     if not axes:
         return value
@@ -58,12 +59,13 @@ def replicate(x: jax.Array, like: jax.Array | None = None) -> jax.Array:
     The compiler is told so too: it would split what stands next to split leaves, and gather it again.
     """
     like = x if like is None else like
-    if not is_partitioned(like) or x.ndim == 0:
+    if not is_partitioned(like):
         return x
-    whole = NamedSharding(jax.typeof(like).sharding.mesh, PartitionSpec(*[None] * x.ndim))
-    if any(axis is not None for axis in jax.typeof(x).sharding.spec):
+    mesh = jax.typeof(like).sharding.mesh
+    whole = NamedSharding(mesh, PartitionSpec(*[None] * x.ndim))
+    if AxisType.Explicit in mesh.axis_types:
         x = jax.sharding.reshard(x, whole)
-    return jax.lax.with_sharding_constraint(x, whole)
+    return jax.lax.with_sharding_constraint(x, whole) if AxisType.Auto in mesh.axis_types else x
 
 
 def share(x: jax.Array, like: jax.Array, axes: Sequence[int]) -> jax.Array:

