@@ -121,7 +121,8 @@ def _bins(
     for alike in by_axes.values():
         partials, scales = _partials(alike, norm, levels, dtype)
         values, scale = _flat(partials), _flat(scales)
-        apart = jnp.where(scale[None] == levels[:, None], values[None], 0)
+        room = levels.dtype.type(2.0 ** (-_headroom(norm) * norm.degree))
+        apart = jnp.where(scale[None] == levels[:, None], values[None] * room, 0)
         part = _segments(apart, np.concatenate([block.rows for block in alike]), rows, norm)
         part = _without_nan(part) if norm.combine == "max" else part
         split = _mesh.split_axes(alike[0].array, axis_name)
@@ -202,11 +203,19 @@ def _levels(norm: Norm, dtype: np.dtype) -> np.ndarray:
     top = int(jnp.finfo(dtype).maxexp)
     if norm.degree > 2:
         step = max(1, int(top / 2 / norm.degree))
-        exponents = np.arange(top - 2, 2 - top, -step)
-    else:
-        # Ordinary entries are far from both ends of the range at the middle scale, and so are their powers.
-        exponents = np.array([top - 2, int(top / 2 / norm.degree), -int(top * 84 / 128)])
+        return np.exp2(np.arange(top - 2, 2 - top, -step)).astype(dtype)
+    # Ordinary entries are far from both ends of the range at the second scale, and so are their powers. What
+    # overflows at one scale is about 1 at the next, so that many small entries do not vanish there.
+    exponents = [top - 2, int(top / 2 / norm.degree)]
+    enough = (top - 34) / norm.degree - top  # for 2^34 entries, all of them the largest number
+    while exponents[-1] > enough:
+        exponents.append(max(exponents[-1] - int(top / norm.degree), 2 - top + _headroom(norm)))
     return np.exp2(exponents).astype(dtype)
+
+
+def _headroom(norm: Norm) -> int:
+    """The power of two by which norms are reduced, so that 2^20 partial results can be added up."""
+    return math.ceil(20 / norm.degree)
 
 
 def widen(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -231,9 +240,9 @@ def _replicated(vectors: Sequence[jax.Array], arrays: Sequence[jax.Array]) -> li
 
 
 def _by_trial(arrays, reduced, levels, dtype, at_scales):
-    """Measures at the middle scale, and again at the others only where that did not do."""
-    up, middle, down = levels
-    tiny = np.exp2(-jnp.finfo(dtype).maxexp * 100 / 128).astype(dtype)
+    """Measures at the second scale, and again at the others only where that did not do."""
+    up, middle, *down = levels
+    tiny = np.exp2(-jnp.finfo(dtype).maxexp * 72 / 128).astype(dtype)
     first = [
         _mesh.vary_like(jnp.full(_kept(x, axes), middle), x) for x, axes in zip(arrays, reduced, strict=True)
     ]
@@ -248,13 +257,14 @@ def _by_trial(arrays, reduced, levels, dtype, at_scales):
         entries, scales = lax.optimization_barrier((arrays, scales))
         partials = at_scales(entries, scales)
         everything = _flat(partials)
-        all_tiny = jnp.all(everything < tiny)
-        again = (count == 0) & (all_tiny | jnp.any(everything == jnp.inf))
+        too_small = (count == 0) & jnp.all(everything < tiny)
+        too_large = (count < len(down)) & jnp.any(everything == jnp.inf)
+        below = functools.reduce(lambda x, k: jnp.where(count == k, down[k], x), range(len(down) - 1), down[-1])
         scales = [
-            jnp.where(again & (p == jnp.inf), down, jnp.where(again & all_tiny, up, scale))
+            jnp.where(too_large & (p == jnp.inf), below, jnp.where(too_small, up, scale))
             for p, scale in zip(partials, scales, strict=True)
         ]
-        return count + 1, again, _replicated(scales, arrays), partials
+        return count + 1, too_small | too_large, _replicated(scales, arrays), partials
 
     start = *(_mesh.vary_like(x, arrays[0]) for x in (jnp.int32(0), jnp.array(False))), first, first
     _, _, scales, partials = lax.while_loop(unfinished, attempt, start)
@@ -274,12 +284,17 @@ def _kept(x: jax.Array, reduced: tuple[int, ...]) -> tuple[int, ...]:
 
 def _close(bins: jax.Array, levels: np.ndarray, norm: Norm, count: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The norms of the rows from their partial results at each scale; and the norms times `TINY`."""
-    # A row is put together at the smallest scale at which something of it was measured.
+    # A row is put together at the smallest scale at which something of it was measured. What takes partial
+    # results there may be too small a number, and its root is not.
+    exponents = np.log2(levels.astype(np.float64))
+    roots = np.exp2(np.minimum(exponents - exponents[:, None], 0) * norm.degree / 2).astype(levels.dtype)
     scale = jnp.full(bins.shape[1:], levels[0])
-    for level, at_level in zip(levels[1:], bins[1:], strict=True):
-        scale = jnp.where(at_level != 0, level, scale)
-    ratio = jnp.minimum(scale[None] / levels[:, None], 1)
-    scaled = norm.close(_add(norm)(bins * ratio**norm.degree, axis=0), count)
+    root = jnp.broadcast_to(roots[:, :1], bins.shape)
+    for k in range(1, len(levels)):
+        scale = jnp.where(bins[k] != 0, levels[k], scale)
+        root = jnp.where(bins[k][None] != 0, roots[:, k, None], root)
+    scaled = norm.close(_add(norm)(bins * root * root, axis=0), count)
+    scale = scale * scale.dtype.type(2.0 ** -_headroom(norm))
     true = scaled / scale
     beyond = (true == jnp.inf) & (scaled < jnp.inf)
     return jnp.where(beyond, float(jnp.finfo(true.dtype).max), true), scaled * (true.dtype.type(TINY) / scale)

@@ -54,7 +54,7 @@ def is_partitioned(x: jax.Array) -> bool:
 
 
 def replicate(x: jax.Array, like: jax.Array | None = None) -> jax.Array:
-    """The value on every device of its own mesh or of `like`'s; as it is where there is none, or it is manual.
+    """The value, whole on every device of its mesh or of `like`'s; as it is if that is manual or missing.
 
     The compiler is told so too: it would split what stands next to split leaves, and gather it again.
     """

@@ -1,0 +1,92 @@
+"""The figure of `exploding_mlp.py`: what happened under each policy, step by step and layer by layer."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib import colors, ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; one for each run, in order.
+COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00")
+
+
+def figure(
+    title: str,
+    losses: dict[str, np.ndarray],
+    norms: dict[str, np.ndarray],
+    died: dict[str, int | None],
+    guessing: float,
+) -> Figure:
+    """Above, the losses of up to six runs; below, for each, its gradient norms by layer and step.
+
+    Args:
+      title: two lines at most.
+      losses: of each run, by its name, `(steps,)`. The first run's are drawn thicker.
+      norms: of each run, `(steps, layers)`.
+      died: the first step that is not finite, counted from 1, or None.
+      guessing: the loss of a network that knows nothing.
+    """
+    made = Figure(figsize=(13, 11), dpi=130, layout="constrained")
+    made.suptitle(title, fontsize=12)
+    grid = made.add_gridspec(3, 3, height_ratios=(1.25, 1, 1))
+    draw_losses(made.add_subplot(grid[0, :]), losses, died, guessing)
+    edges = bins(len(next(iter(losses.values()))))
+    largest = {name: np.maximum.reduceat(norm, edges[:-1] - 1, axis=0).T for name, norm in norms.items()}
+    scale, places, image = colour_scale([largest[name] for name in norms if not died[name]]), [], None
+    for k, name in enumerate(norms):
+        axes = made.add_subplot(grid[1 + k // 3, k % 3])
+        image = draw_norms(axes, edges, largest[name], scale)
+        axes.set_title(f"{name}: not finite from step {died[name]}" if died[name] else name, loc="left")
+        axes.set(xlabel="step" if k >= 3 else "", ylabel="layer (1 sees the scan)" if k % 3 == 0 else "")
+        places.append(axes)
+    label = "norm of a layer's gradient before clipping (largest where steps share a column)"
+    made.colorbar(image, ax=places, extend="both", label=label, aspect=40, pad=0.01)
+    return made
+
+
+def bins(steps: int) -> np.ndarray:
+    """The steps that columns begin with, and the end: single steps at first, then ever more in each."""
+    return np.unique(np.geomspace(1, steps + 1, 161).astype(int))
+
+
+def draw_losses(
+    axes: Axes, losses: dict[str, np.ndarray], died: dict[str, int | None], guessing: float
+) -> None:
+    """The losses, with a cross near the top where a run died."""
+    starts = [loss[0] for loss in losses.values() if np.isfinite(loss[0])]
+    top, steps = 1e3 * max([guessing, *starts]), len(next(iter(losses.values())))
+    for k, (name, loss) in enumerate(losses.items()):
+        alive = loss[: (died[name] or steps + 1) - 1]
+        begins = bins(steps)[:-1]
+        begins = begins[begins <= len(alive)]
+        medians = [np.median(part) for part in np.split(alive, begins[1:] - 1) if len(part)]
+        # A loss of 0 has no place on this axis.
+        axes.plot(begins, np.maximum(medians, 1e-9), color=COLOURS[k], lw=1.5 if k else 3, label=name)
+        if died[name]:
+            axes.plot(died[name], top / 5, "X", color=COLOURS[k], ms=14, mec="white", zorder=9)
+    axes.axhline(guessing, color="0.5", ls=":", lw=1.5, label="guessing")
+    axes.set(xscale="log", yscale="log", xlim=(1, steps), ylim=(None, top))
+    axes.set(xlabel="step", ylabel="loss of the batch")
+    axes.set_title("Training loss (median where steps share a column; ✕ no longer finite)", loc="left")
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+    axes.legend(loc="upper right", ncols=4)
+    axes.grid(color="0.92")
+
+
+def colour_scale(norms: list[np.ndarray]) -> colors.LogNorm:
+    """From nearly the least to the largest norm of the runs that lived."""
+    seen = np.concatenate([np.zeros(0), *(norm.ravel() for norm in norms)])
+    seen = seen[np.isfinite(seen) & (seen > 0)]
+    low, high = np.percentile(seen, (1, 100)) if seen.size else (1e-3, 1e3)
+    return colors.LogNorm(low, max(high, 10 * low))
+
+
+def draw_norms(axes: Axes, edges: np.ndarray, norms: np.ndarray, scale: colors.Normalize) -> Any:
+    """Norms of shape `(layers, columns)`; grey and hatched where they are not finite."""
+    rows = np.arange(len(norms) + 1) + 0.5
+    axes.patch.set(facecolor="0.85", hatch="////", edgecolor="0.6")
+    axes.set(xscale="log", xlim=(1, edges[-1]), ylim=(rows[-1], rows[0]))
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_locator(ticker.MaxNLocator(nbins=6, integer=True))
+    return axes.pcolormesh(edges, rows, np.ma.masked_invalid(norms), norm=scale, cmap="viridis")
