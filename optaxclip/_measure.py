@@ -259,7 +259,10 @@ def _by_trial(arrays, reduced, levels, dtype, at_scales):
         everything = _flat(partials)
         too_small = (count == 0) & jnp.all(everything < tiny)
         too_large = (count < len(down)) & jnp.any(everything == jnp.inf)
-        below = functools.reduce(lambda x, k: jnp.where(count == k, down[k], x), range(len(down) - 1), down[-1])
+        below = _mesh.vary_like(jnp.asarray(down[-1]), arrays[0])
+        for k, level in enumerate(down[:-1]):
+            below = jnp.where(count == k, level, below)
+        # Those that overflow at this pass did at all before it.
         scales = [
             jnp.where(too_large & (p == jnp.inf), below, jnp.where(too_small, up, scale))
             for p, scale in zip(partials, scales, strict=True)

@@ -23,9 +23,9 @@ def vary_like(value: jax.Array, x: jax.Array) -> jax.Array:
     axes = tuple(varying_axes(x) - varying_axes(value))
     if not axes:
         return value
-    return (
-        jax.lax.pcast(value, axes, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(value, axes)
-    )
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(value, axes, to="varying")
+    return jax.lax.pvary(value, axes)  # JAX up to 0.8  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def split_axes(x: jax.Array, axis_name: Sequence[str]) -> frozenset[str]:

@@ -88,7 +88,7 @@ def test_every_mode_agrees_with_the_plain_loop(method, run):
 
 @pytest.mark.parametrize("method", ALL)
 def test_the_state_is_fixed_and_donated_and_compiled_once(method):
-    """Structure, shapes and dtypes are those of `init`; a second call compiles nothing; buffers can be given."""
+    """The structure is that of `init`, a second call compiles nothing, and all buffers may be given away."""
     tx = ALL[method]()
     update = jax.jit(lambda g, s, p, **extra: tx.update(g, s, p, **extra), donate_argnums=(0, 1))
     state = tx.init(PARAMS)
