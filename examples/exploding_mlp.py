@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import typer
-from exploding_mlp_figure import figure
+from exploding_mlp_report import Result, conclusion, figure, table
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -27,7 +26,6 @@ import optaxclip as oc
 Params: TypeAlias = dict[str, dict[str, jax.Array]]
 
 MOMENTUM, BATCH, CLASSES = 0.9, 64, 10
-TRAINED = 0.9  # the test accuracy above which a network counts as trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +64,12 @@ class Policy(NamedTuple):
     limit: str
 
 
+class Kept(NamedTuple):
+    """The state of `keep`."""
+
+    updates: Any
+
+
 class Trace(NamedTuple):
     """One run, step by step: loss, raw gradient norm of each layer, cosine of clipped and raw gradient."""
 
@@ -74,24 +78,18 @@ class Trace(NamedTuple):
     cosine: Any
 
 
-class Result(NamedTuple):
-    """One row of the table. Steps count from 1; the mean is over the steps that have a cosine."""
-
-    limit: str
-    test_accuracy: float
-    final_loss: float
-    first_nonfinite_step: int | None
-    clipped_share: float
-    mean_cosine: float | None
-
-
 def load(seed: int) -> Digits:
     """The digits of scikit-learn, a fifth of them set aside for the test."""
     x, y = load_digits(return_X_y=True)
-    train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=0.2, random_state=seed, stratify=y)
-    mean, std = train_x.mean(), train_x.std()
-    scans = (jnp.asarray((part - mean) / std, jnp.float32) for part in (train_x, test_x))
-    return Digits(*scans, *(jnp.asarray(part, jnp.int32) for part in (train_y, test_y)))
+    parts = train_test_split(x, y, test_size=0.2, random_state=seed, stratify=y)
+    train_x, test_x, train_y, test_y = (np.asarray(part) for part in parts)
+    train_x, test_x = ((part - train_x.mean()) / train_x.std() for part in (train_x, test_x))
+    return Digits(
+        train_x=jnp.asarray(train_x, jnp.float32),
+        test_x=jnp.asarray(test_x, jnp.float32),
+        train_y=jnp.asarray(train_y, jnp.int32),
+        test_y=jnp.asarray(test_y, jnp.int32),
+    )
 
 
 def initial(setting: Setting, inputs: int) -> Params:
@@ -144,6 +142,16 @@ def policies(setting: Setting, params: Params) -> dict[str, Policy]:
     }
 
 
+def keep() -> optax.GradientTransformation:
+    """Changes nothing, and keeps in its state what passes: behind clipping, the clipped update."""
+
+    def update(updates, state, params=None):
+        del state, params
+        return updates, Kept(updates)
+
+    return optax.GradientTransformation(lambda params: Kept(params), update)
+
+
 def cosine(a: Any, b: Any) -> jax.Array:
     """The cosine of the angle between two trees; NaN if one is zero or not finite."""
 
@@ -151,7 +159,7 @@ def cosine(a: Any, b: Any) -> jax.Array:
         norm = oc.group_norms(tree, oc.groups.whole())["whole"]  # right where the squares would overflow
         return jax.tree.map(lambda leaf: leaf / norm, tree)
 
-    return optax.tree.vdot(unit(a), unit(b))
+    return jnp.asarray(optax.tree.vdot(unit(a), unit(b)))
 
 
 def train(
@@ -162,28 +170,27 @@ def train(
     Returns:
       The parameters, the optimizer's state, and the `Trace` as NumPy arrays with a row for each step.
     """
-    # Changes nothing; its state is the clipped update, to look at.
-    keep = optax.stateless(lambda updates, params: updates)._replace(update=lambda u, state, params=None: (u, u))
-    optimizer = optax.chain(clip, keep, optax.sgd(setting.learning_rate, momentum=MOMENTUM))
+    optimizer = optax.chain(clip, keep(), optax.sgd(setting.learning_rate, momentum=MOMENTUM))
 
     def step(carry, batch):
         params, state = carry
         loss, grads = jax.value_and_grad(mean_loss)(params, data.train_x[batch], data.train_y[batch])
         updates, state = optimizer.update(grads, state, params)
         norms = jnp.stack(list(oc.group_norms(grads, oc.groups.layer()).values()))
-        _, clipped, _ = state
+        clipped = optax.tree.get(state, "Kept").updates
         return (optax.apply_updates(params, updates), state), Trace(loss, norms, cosine(grads, clipped))
 
     chunk = max(size for size in range(1, 101) if setting.steps % size == 0)
-    rng = np.random.default_rng(setting.seed)
+    rng = np.random.default_rng([setting.seed, 1])
     batches = rng.integers(len(data.train_x), size=(setting.steps // chunk, chunk, BATCH))
     run = jax.jit(lambda carry, batches: jax.lax.scan(step, carry, batches))
-    carry, traces = (params, optimizer.init(params)), []
+    state: Any = optimizer.init(params)
+    traces = []
     for batch in batches:
-        carry, trace = run(carry, batch)
+        (params, state), trace = run((params, state), batch)
         traces.append(jax.device_get(trace))
         show(chunk, float(traces[-1].loss[-1]))
-    return *carry, jax.tree.map(lambda *parts: np.concatenate(parts), *traces)
+    return params, state, Trace(*map(np.concatenate, zip(*traces, strict=True)))
 
 
 def clipped_share(state: Any) -> float:
@@ -227,55 +234,6 @@ def compare(setting: Setting, console: Console) -> tuple[dict[str, Result], dict
             trained, state, traces[name] = train(setting, named[name].clip, params, data, show)
             results[name] = summary(named[name], trained, state, traces[name], data)
     return results, traces
-
-
-def table(results: dict[str, Result]) -> Table:
-    """The results; the best accuracy is in bold, runs that died are in red."""
-    made = Table("policy", "limit", title="Handwritten digits, by clipping policy", pad_edge=False)
-    for heading in (
-        "test\naccuracy",
-        "final\nloss",
-        "not finite\nfrom step",
-        "steps\nclipped",
-        "mean\ncosine",
-    ):
-        made.add_column(heading, justify="right")
-    best = max(row.test_accuracy for row in results.values())
-    for name, row in results.items():
-        made.add_row(
-            name,
-            row.limit,
-            f"{row.test_accuracy:.1%}",
-            f"{row.final_loss:.2g}",
-            str(row.first_nonfinite_step or "never"),
-            f"{row.clipped_share:.0%}",
-            "–" if row.mean_cosine is None else f"{row.mean_cosine:.3f}",
-            style="red" if row.first_nonfinite_step else "bold" if row.test_accuracy == best else None,
-        )
-    return made
-
-
-def conclusion(results: dict[str, Result]) -> str:
-    """What the table says, in words."""
-    none = results["none"]
-    reached = {name: row.test_accuracy for name, row in results.items() if name != "none"}
-    trained = [name for name in reached if reached[name] > TRAINED]
-    best = max(reached, key=reached.__getitem__)
-    if none.test_accuracy > TRAINED:
-        return (
-            f"The network trains without clipping too, to {none.test_accuracy:.1%} of unseen scans: this "
-            "setting does not need it. Try a larger --gain or --learning-rate."
-        )
-    fate = f"stays finite and reads {none.test_accuracy:.1%} of unseen scans"
-    if none.first_nonfinite_step:
-        fate = f"is no longer finite at step {none.first_nonfinite_step}"
-    end = f"no clipping policy gets past {TRAINED:.0%} either. Try a smaller --limit or more --steps."
-    if trained:
-        end = (
-            f"{len(trained)} of {len(reached)} clipping policies train the same network past {TRAINED:.0%} "
-            f"of unseen scans ({', '.join(trained)}). Best with this seed: {best}, {reached[best]:.1%}."
-        )
-    return f"Without clipping the network {fate}; {end}"
 
 
 def save(output: Path, setting: Setting, results: dict[str, Result], traces: dict[str, Trace]) -> list[Path]:
