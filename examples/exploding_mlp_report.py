@@ -29,13 +29,7 @@ class Result(NamedTuple):
 def table(results: dict[str, Result]) -> Table:
     """The results; the best accuracy is in bold, runs that died are in red."""
     made = Table("policy", "limit", title="Handwritten digits, by clipping policy", pad_edge=False)
-    for heading in (
-        "test\naccuracy",
-        "final\nloss",
-        "not finite\nfrom step",
-        "steps\nclipped",
-        "mean\ncosine",
-    ):
+    for heading in "test\naccuracy", "final\nloss", "not finite\nfrom step", "steps\nclipped", "mean\ncosine":
         made.add_column(heading, justify="right")
     best = max(row.test_accuracy for row in results.values())
     for name, row in results.items():
