@@ -8,7 +8,7 @@ import pytest
 # eight are those on one of one.
 jax.config.update("jax_num_cpu_devices", 8)
 
-hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.register_profile("tests", deadline=None, max_examples=30)
 hypothesis.settings.load_profile("tests")
 
 

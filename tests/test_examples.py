@@ -29,7 +29,9 @@ def run(example, tmp_path_factory):
     """What a small but real setting prints, and the folder it writes to."""
     folder = tmp_path_factory.mktemp("examples") / "new" / "folder"
     options = [f"--{name}={value}" for name, value in SMALL.items()]
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling takes longer than training here
     found = CliRunner().invoke(example.app, [*options, f"--output={folder}"], env={"COLUMNS": "120"})
+    jax.config.update("jax_disable_most_optimizations", False)
     assert found.exit_code == 0, found.output
     return found.output, folder
 
