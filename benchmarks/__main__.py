@@ -88,10 +88,14 @@ def main(
         seconds=0.01 if quick else 0.03,
     )
     tree_names, dtypes = _choices("--trees", tree, tuple(trees.ALL)), _choices("--dtype", dtype, DTYPES)
+    chosen = {*tree_names, *dtypes, *plan.suites, *(method.name for method in plan.methods)}
+    everything = [*trees.ALL, *DTYPES, *suites.SUITES, *methods.OURS]
+    left_out = [name for name in everything if name not in chosen]
+    # The load is taken before this run adds to it.
+    where = environment.describe() | {"rounds": rounds, "left out": ", ".join(left_out) or "nothing"}
     console = Console()
     rows = _measured(tree_names, dtypes, plan, console)
-    where = environment.describe()
-    console.print(", ".join(f"{name} {value}" for name, value in where.items()))
+    console.print(report.sentence(where))
     for table in report.tables(rows):
         console.print(table)
     if json is not None:

@@ -59,9 +59,14 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     return made
 
 
+def sentence(environment: Mapping[str, Any]) -> str:
+    """What was measured where, in one line."""
+    return "; ".join(f"{name}: {value}" for name, value in environment.items()) + "."
+
+
 def markdown(rows: Sequence[Row], environment: Mapping[str, Any]) -> str:
     """The environment and all tables."""
-    parts = [", ".join(f"{name} {value}" for name, value in environment.items()) + "."]
+    parts = [sentence(environment)]
     for suite, some in _by_suite(rows).items():
         heads = columns(suite)
         lines = [["tree", "dtype", "case", "method", *heads]]

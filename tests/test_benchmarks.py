@@ -49,9 +49,19 @@ def test_one_command_measures_everything(tmp_path, monkeypatch):
     assert done.exit_code == 0
     assert "optax_global" in done.stdout
     written = json.loads((tmp_path / "all.json").read_text())
-    assert {"device", "cores", "python", "jax", "jaxlib", "optax", "optaxclip", "date"} <= set(
-        written["environment"]
-    )
+    assert {
+        "device",
+        "cores",
+        "load",
+        "rounds",
+        "left out",
+        "python",
+        "jax",
+        "jaxlib",
+        "optax",
+        "optaxclip",
+        "date",
+    } <= set(written["environment"])
     rows = written["rows"]
     assert all(set(row) == set(results.Row._fields) for row in rows)
     cases = {(row["suite"], row["case"]) for row in rows}
