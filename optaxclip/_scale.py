@@ -13,8 +13,9 @@ from jaxtyping import Array, Float
 
 from optaxclip import _mesh
 from optaxclip._base import Response
-from optaxclip._measure import TINY, Measured, times, widen
+from optaxclip._measure import TINY, Measured
 from optaxclip._partition import Place
+from optaxclip._read import times, widen
 
 FEW = 8  # leaves; up to this many, reading factors out of a vector costs no compile time to speak of
 

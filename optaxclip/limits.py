@@ -32,7 +32,9 @@ def as_limit(limit: LimitLike, where: str, name: str = "limit") -> Limit:
 
 def _value(value: Any, step: Any) -> jax.Array:
     """A number, an array or a schedule at a step, as float32 or float64."""
-    value = jnp.asarray(value(step) if callable(value) else value)
+    value = jnp.real(
+        jnp.asarray(value(step) if callable(value) else value)
+    )  # complex under inject_hyperparams
     return value.astype(jnp.float64 if value.dtype == jnp.float64 else jnp.float32)
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from versions import enable_x64
 
 import optaxclip as oc
 
@@ -30,7 +31,7 @@ NORMS = {
 @pytest.fixture(params=DTYPES)
 def dtype(request):
     """Each dtype, with 64-bit types switched on where it needs them."""
-    with jax.enable_x64(request.param == "float64"):
+    with enable_x64(request.param == "float64"):
         yield request.param
 
 
@@ -100,7 +101,7 @@ def test_the_norm_that_comes_out_is_the_limit(dtype):
 
 
 def test_mixed_dtypes_share_a_norm_and_keep_their_own():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         grads = {name: random(name, (7, 3))[0] for name in DTYPES}
         out, stats = oc.rescale_tree(grads, 1.0)
         chex.assert_trees_all_equal_dtypes(out, grads)
@@ -111,7 +112,7 @@ def test_mixed_dtypes_share_a_norm_and_keep_their_own():
 
 
 def test_float64_is_clipped_to_the_rounding_of_float64():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         out, _ = oc.rescale_tree({"a": random("float64", (100,))[0], "b": random("float32", (3,))[0]}, 0.1)
         assert abs(np.linalg.norm(out["a"]) / 0.1 - 1) < 1e-1  # b has its share
         alone, _ = oc.rescale_tree(random("float64", (100,))[0], 0.1)
@@ -120,7 +121,7 @@ def test_float64_is_clipped_to_the_rounding_of_float64():
 
 @pytest.mark.parametrize("limit_dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_the_dtype_out_is_the_dtype_in_whatever_that_of_the_limit(limit_dtype):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         grads = {name: random(name, (3,))[0] for name in DTYPES if name != "float64"}
         out, _ = jax.jit(oc.rescale_tree)(grads, jnp.asarray(0.5, limit_dtype))
         chex.assert_trees_all_equal_dtypes(out, grads)
@@ -233,7 +234,7 @@ def test_derivatives_at_zero_are_finite(kind, response):
 )
 def test_derivatives_are_right_elsewhere(kind, response):
     """First and second, forward and reverse, against finite differences in float64."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         x, v, w = random("float64", (5,), (5,), (7,))
 
         def update(x):
@@ -248,6 +249,28 @@ def test_derivatives_are_right_elsewhere(kind, response):
         bend = (slope(x + h * v) - slope(x - h * v)) / (2 * h)
         forward_over_reverse = jax.jit(lambda x: jax.jvp(jax.grad(update), (x,), (v,))[1])
         np.testing.assert_allclose(forward_over_reverse(x), bend, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("p", [1.5, 2, 3, 12])
+def test_derivatives_are_right_at_every_magnitude(p):
+    """First and second derivatives of a norm, also where powers of its entries leave float32's range."""
+    (x,) = random("float32", (5,))
+
+    def norm(x):
+        return oc.group_norms({"a": x, "b": 2 * x[:2]}, oc.groups.whole(), oc.norms.lp(p))["whole"]
+
+    with enable_x64(True):
+        wide = x.astype(jnp.float64)
+        slope, bend = jax.grad(norm)(wide), jax.hessian(norm)(wide)
+        exact = jax.grad(lambda x: jnp.sum(jnp.abs(jnp.concatenate([x, 2 * x[:2]])) ** p) ** (1 / p))
+        np.testing.assert_allclose(slope, exact(wide), rtol=1e-12)
+        np.testing.assert_allclose(bend, jax.jacfwd(exact)(wide), rtol=1e-10)
+    gradient, hessian = jax.jit(jax.grad(norm)), jax.jit(jax.hessian(norm))
+    for scale in (1e-20, 1e-12, 1e-3, 1.0, 1e3, 1e12, 1e20):
+        scale = np.float32(scale)
+        np.testing.assert_allclose(gradient(x * scale), slope, rtol=1e-5)
+        largest = np.abs(bend).max()
+        np.testing.assert_allclose(hessian(x * scale) * scale, bend, rtol=1e-5, atol=1e-5 * largest)
 
 
 def test_derivatives_reach_through_an_optimizer_chain():

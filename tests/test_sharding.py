@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from versions import OLD_JAX
 
 import optaxclip as oc
 
@@ -272,6 +273,7 @@ def test_axes_that_split_the_rows_stay_out_of_axis_name():
     assert_same(jax.jit(mapped)(GRADS["head"]["kernel"]), expected["head"]["kernel"])
 
 
+@pytest.mark.skipif(OLD_JAX, reason="JAX 0.7 cannot constrain shardings where only some axes are manual")
 def test_some_axes_manual_and_others_automatic():
     """Where shard_map takes only some axes, axis_name names these; the compiler sees to the others."""
     mesh, layout = mesh_of("auto"), LAYOUTS["mixed"]
@@ -293,6 +295,8 @@ def test_some_axes_manual_and_others_automatic():
 @pytest.mark.parametrize("kind", MESHES)
 def test_clipping_each_example_leaves_the_batch_split(kind):
     """Under vmap over a split batch, each device clips its own examples: no entry of a gradient moves."""
+    if OLD_JAX and kind == "explicit":
+        pytest.skip("JAX 0.7 cannot vmap a loop over an explicitly split axis")
 
     def clip(examples):
         groups = oc.groups.stacked(oc.groups.leaf(), "layers")
