@@ -79,11 +79,12 @@ def apply(
     finite = jnp.isfinite(norm)
     usable = finite & ~jnp.isnan(limit)
     bad = jnp.nan if options.nonfinite == "propagate" else 0.0
-    leaves = _scaled(part, jnp.where(usable, made.code, bad), norm, options.nonfinite == "zero")
+    then = jnp.where(usable, made.then, bad)
+    leaves = _scaled(part, made.first, then, norm, options.nonfinite == "zero")
     after = jnp.where(usable, _norm_after(found, made, table, options.norm), bad)
     factor = jnp.where(usable, made.factor, bad)
     stats = Stats(norm, after, limit, factor, usable & (factor != 1), ~finite)
-    return Applied(leaves, _reported(stats), _reported(_whole(stats, total, table, options.norm)), rule_state)
+    return Applied(leaves, _reported(stats), _reported(_whole(stats, table, options.norm)), rule_state)
 
 
 def table_of(part: Partition, options: Options) -> Table:
@@ -113,10 +114,10 @@ def measured(part: Partition, leaves: Sequence[Any], table: Table, options: Opti
     )
 
 
-def _scaled(part: Partition, code: jax.Array, norm: jax.Array, drop: bool) -> list[Any]:
+def _scaled(part: Partition, first: jax.Array, then: jax.Array, norm: jax.Array, drop: bool) -> list[Any]:
     chosen = {k: place for k, place in enumerate(part.places) if place is not None and place.scaled}
     old = [jnp.asarray(part.leaves[k]) for k in chosen]
-    new = scale(old, code, norm[0], places=tuple(chosen.values()), drop=drop)
+    new = scale(old, first, then, norm[0], places=tuple(chosen.values()), drop=drop)
     leaves = list(part.leaves)
     for k, leaf in zip(chosen, new, strict=True):
         leaves[k] = leaf
@@ -139,16 +140,17 @@ def _norm_after(found: Measured, made: Factors, table: Table, norm: Norm) -> jax
     if found.fixed is None or found.free is None:
         return made.after
     # What is counted and not scaled is still there afterwards.
-    parts = jnp.stack([found.free * made.factor, found.fixed])
-    return jnp.where(made.factor == 1, found.norm, merge(norm, parts, table.sizes, table.sizes))
+    parts = jnp.stack([found.free * made.factor, found.fixed], axis=1)
+    return jnp.where(made.factor == 1, found.norm, merge(norm, parts, table.sizes[:, None], table.sizes))
 
 
-def _whole(stats: Stats, total: jax.Array, table: Table, norm: Norm) -> Stats:
-    both = jnp.stack([stats.norm_after, stats.limit], axis=1)
-    after, limit = merge(norm, both, table.sizes[:, None])
-    some = (total > 0) & jnp.isfinite(total)
-    ratio = jnp.where(some, after / jnp.where(some, total, 1), jnp.where(total == 0, 1, after))
-    return Stats(total, after, limit, ratio, jnp.any(stats.clipped), jnp.any(stats.nonfinite))
+def _whole(stats: Stats, table: Table, norm: Norm) -> Stats:
+    norms = jnp.stack([stats.norm, stats.norm_after, stats.limit])
+    before, after, limit = merge(norm, norms, table.sizes)
+    some = (before > 0) & jnp.isfinite(before)
+    ratio = jnp.where(some, after / jnp.where(some, before, 1), jnp.where(before == 0, 1, after))
+    clipped, nonfinite = jnp.any(jnp.stack([stats.clipped, stats.nonfinite]), axis=1)
+    return Stats(before, after, limit, ratio, clipped, nonfinite)
 
 
 def _reported(stats: Stats) -> Stats:
@@ -156,6 +158,8 @@ def _reported(stats: Stats) -> Stats:
     largest = float(jnp.finfo(jnp.float32).max)
 
     def single(x: jax.Array) -> jax.Array:
+        if x.dtype == jnp.float32:
+            return x
         return jnp.where(jnp.isfinite(x), jnp.minimum(x, largest), x).astype(jnp.float32)
 
     return Stats(

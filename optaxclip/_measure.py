@@ -1,13 +1,19 @@
-"""Norms of groups, put together from the partial results of leaves and devices.
+"""Norms of groups, right for finite entries from 1e-38 to 3e38, in one read of ordinary updates.
 
-The partial results of each scale that `_read` measured at are summed apart, across leaves and then devices,
-and put together at the end, on vectors of one entry per row of the groups.
+Entries are multiplied by a power of two before they are squared. At the first reading the scale is one at
+which neither ordinary nor zero entries call for a second; only if a group overflows, or the whole update is
+tiny, a loop reads it again at another scale, and keeps what comes of that for those groups.
+
+The loop has three more uses. Nothing inside is fused with what surrounds it, so an optimizer behind the clip
+does not read the gradients twice. A scale that comes out of it is a number unknown to the compiler, which
+would otherwise write a broadcast constant, or a float32 copy of a 16-bit leaf, to memory. And under `vmap`
+it reads ordinary updates once, where a conditional would compute both of its branches.
 """
 
 import collections
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +23,12 @@ from jax import lax
 from optaxclip import _mesh
 from optaxclip._base import Norm
 from optaxclip._partition import Place
-from optaxclip._read import Block, at_levels, at_scales, blocks, flat, headroom, levels_of, without_nan
+from optaxclip._read import Block, blocks_of, partials, peaks, without_nan
 
 TINY = 2.0**-64  # what norms beyond the dtype's range are multiplied by
+
+Arrays: TypeAlias = Sequence[jax.Array]
+Combine: TypeAlias = Literal["sum", "max"]
 
 
 class Measured(NamedTuple):
@@ -58,162 +67,212 @@ def measure(
       axis_name: manual mesh axes that leaves may be split over.
       dtype: what to accumulate in, float32 or float64.
     """
-    rows = len(sizes)
-    fixed = any(not place.scaled for place in places)
-    # Leaves that are measured but not scaled get rows of their own, behind the others.
-    split = blocks(leaves, [place.first + rows * (not place.scaled) for place in places], places)
-    across = functools.partial(_rows, rows=rows * (1 + fixed), norm=norm, axis_name=axis_name)
-    count = np.asarray(sizes, dtype)
-    parts = 1 + fixed
+    rows, count = len(sizes), np.asarray(sizes, dtype)
+    parts = 1 + any(not place.scaled for place in places)
+    # Leaves that are measured but not scaled have rows of their own, behind the others.
+    blocks = blocks_of(leaves, [place.first + rows * (not place.scaled) for place in places], places)
 
-    def read(arrays: Sequence[jax.Array]) -> list[Block]:
-        return [block._replace(array=x) for block, x in zip(split, arrays, strict=True)]
+    def across(
+        own: Sequence[Block], combine: Combine, of: Callable[[Sequence[Block]], jax.Array]
+    ) -> jax.Array:
+        return _across(own, of, rows * parts, combine, axis_name).reshape(parts, rows)
+
+    def at(arrays: Arrays, scales: Arrays) -> jax.Array:
+        own = [b._replace(array=x, scale=s) for b, x, s in zip(blocks, arrays, scales, strict=True)]
+        return across(own, norm.combine, lambda alike: partials(alike, norm, dtype))
+
+    def at_each(arrays: Arrays, scale: jax.Array) -> jax.Array:
+        return at(arrays, [scale[block.rows % rows].reshape(block.kept) for block in blocks])
 
     @jax.custom_jvp
-    def found(arrays):
-        levels = levels_of(norm, dtype)
-        bins = across(read(arrays), lambda alike: _by_level(alike, norm, levels, dtype))
-        return _joined(bins, parts, norm, lambda some: _close(some, levels, norm, count))
+    def found(arrays: Arrays) -> Measured:
+        if norm.degree > 2:
+            own = [block._replace(array=x) for block, x in zip(blocks, arrays, strict=True)]
+            peak = across(own, "max", lambda alike: peaks(alike, dtype))
+            scale = _inverse(jnp.max(peak, axis=0))
+            partial = at_each(arrays, scale)
+        else:
+            typed = functools.partial(_mesh.vary_like, arrays=arrays, apart=axis_name)
+            partial, scale = _by_trial(arrays, norm, typed(jnp.zeros((parts, rows), dtype)), typed, at)
+        return _joined(partial, norm, lambda some: _close(some, scale, norm, count))
 
     @found.defjvp
     def _(primals, tangents):
         # Norms are homogeneous: their derivative at an update is that at the update times any scale. At one
         # where all norms are about 1, no power and no derivative of one overflows.
         values = found(*primals)
-        largest = dtype.type(2.0 ** (jnp.finfo(dtype).maxexp - 3))
-        scale = lax.stop_gradient(1 / jnp.clip(values.norm, 1 / largest, largest))
+        scale = _inverse(values.norm)
 
         def closed(some: jax.Array) -> tuple[jax.Array, jax.Array]:
-            value = norm.close(some[0], count)
+            value = norm.close(some, count)
             return value, value
 
-        def near_one(arrays):
-            of_rows = jnp.concatenate([scale] * parts) if fixed else scale
-            scaled = across(read(arrays), lambda alike: _at_rows(alike, norm, of_rows, dtype))
-            return _joined(scaled, parts, norm, closed)
-
-        _, change = jax.jvp(near_one, primals, tangents)
+        _, change = jax.jvp(lambda x: _joined(at_each(x, scale), norm, closed), primals, tangents)
         change = jax.tree.map(lambda x: x / scale, change)
         return values, change._replace(small=change.small * dtype.type(TINY))
 
-    return found([block.array for block in split])
+    return found([block.array for block in blocks])
 
 
-def _joined(
-    partials: jax.Array, parts: int, norm: Norm, close: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
-) -> Measured:
-    """The norms of partial results `(k, rows)`; if `parts` is 2, the second half is of what is not scaled."""
-    if parts == 1:
-        return Measured(*close(partials), None, None)
-    free, fixed = jnp.split(partials, 2, axis=1)
-    together = _add(norm)(jnp.stack([free, fixed]), axis=0)
-    return Measured(*close(together), close(fixed)[0], close(free)[0])
-
-
-def _by_level(blocks: Sequence[Block], norm: Norm, levels: np.ndarray, dtype: np.dtype) -> jax.Array:
-    """The partial results of blocks, each in the bin of the scale it was measured at: `(levels, n)`."""
-    partials, scales = at_levels(blocks, norm, levels, dtype)
-    values, scale = flat(partials), flat(scales)
-    room = levels.dtype.type(2.0 ** (-headroom(norm) * norm.degree))
-    return jnp.where(scale[None] == levels[:, None], values[None] * room, 0)
-
-
-def _at_rows(blocks: Sequence[Block], norm: Norm, scale: jax.Array, dtype: np.dtype) -> jax.Array:
-    """The partial results of blocks, measured at the scales of their rows: `(1, n)`."""
-    scales = [scale[block.rows].reshape(block.kept) for block in blocks]
-    return flat(at_scales(blocks, norm, scales, dtype))[None]
-
-
-def _rows(
+def _across(
     blocks: Sequence[Block],
-    measured: Callable[[Sequence[Block]], jax.Array],
+    of: Callable[[Sequence[Block]], jax.Array],
     rows: int,
-    norm: Norm,
+    combine: Combine,
     axis_name: tuple[str, ...],
 ) -> jax.Array:
-    """Partial results by row, `(k, rows)`, put together across leaves and devices.
+    """One number by row, `(rows,)`, put together across leaves and devices.
 
-    `measured` is called with the blocks that vary over the same manual axes, and returns `(k, n)`.
+    `of` is called with the blocks that vary over the same manual axes, and returns one number for each of
+    their indices.
     """
     by_axes = collections.defaultdict(list)
     for block in blocks:
         by_axes[_mesh.varying_axes(block.array)].append(block)
-    reduce = lax.psum if norm.combine == "sum" else lax.pmax
-    parts = []
+    reduce = lax.psum if combine == "sum" else lax.pmax
+    found = []
     for alike in by_axes.values():
-        part = _segments(measured(alike), np.concatenate([block.rows for block in alike]), rows, norm)
-        part = without_nan(part) if norm.combine == "max" else part
+        part = _segments(of(alike), np.concatenate([block.rows for block in alike]), rows, combine)
+        part = without_nan(part) if combine == "max" else part
         split = _mesh.split_axes(alike[0].array, axis_name)
-        if split:
-            part = reduce(part, tuple(sorted(split)))
-        parts.append(part)
-    return parts[0] if len(parts) == 1 else _add(norm)(jnp.stack(parts), axis=0)
+        found.append(reduce(part, tuple(sorted(split))) if split else part)
+    return found[0] if len(found) == 1 else _add(combine)(jnp.stack(found), axis=0)
 
 
-def _add(norm: Norm):
-    return jnp.sum if norm.combine == "sum" else jnp.max
+def _add(combine: Combine):
+    return jnp.sum if combine == "sum" else jnp.max
 
 
-def _segments(values: jax.Array, index: np.ndarray, rows: int, norm: Norm) -> jax.Array:
-    """Sums (or takes the maximum of) the columns that belong to each row: `(k, n) -> (k, rows)`.
+def _segments(values: jax.Array, index: np.ndarray, rows: int, combine: Combine) -> jax.Array:
+    """Sums (or takes the maximum of) the entries that belong to each row: `(n,) -> (rows,)`.
 
-    Rows with equally many columns are reduced together, so that no scatter is needed.
+    Rows with equally many entries are reduced together, so that no scatter is needed.
     """
-    reduce = _add(norm)
+    reduce = _add(combine)
     if rows == 1:
-        return reduce(values, axis=1, keepdims=True)
+        return reduce(values, keepdims=True)
+    if np.array_equal(index, np.arange(rows)):
+        return values
     count = np.bincount(index, minlength=rows)
     order = np.argsort(index, kind="stable")
     starts = np.cumsum(count) - count
     pieces, of_rows = [], []
     for width in np.unique(count):
         same = np.flatnonzero(count == width)
-        if width:
-            pieces.append(reduce(values[:, order[starts[same][:, None] + np.arange(width)]], axis=2))
-        else:
-            pieces.append(jnp.zeros((len(values), len(same)), values.dtype))
+        columns = order[starts[same][:, None] + np.arange(width)]
+        pieces.append(reduce(values[columns], axis=1) if width else jnp.zeros(len(same), values.dtype))
         of_rows.append(same)
-    together = jnp.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0]
+    together = jnp.concatenate(pieces) if len(pieces) > 1 else pieces[0]
     back = np.argsort(np.concatenate(of_rows))
-    return together if np.array_equal(back, np.arange(rows)) else together[:, back]
+    return together if np.array_equal(back, np.arange(rows)) else together[back]
 
 
-def _close(bins: jax.Array, levels: np.ndarray, norm: Norm, count: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """The norms of the rows from their partial results at each scale; and the norms times `TINY`."""
-    # A row is put together at the smallest scale at which something of it was measured. What takes partial
-    # results there may be too small a number, and its root is not.
-    exponents = np.log2(levels.astype(np.float64))
-    roots = np.exp2(np.minimum(exponents - exponents[:, None], 0) * norm.degree / 2).astype(levels.dtype)
-    scale = jnp.full(bins.shape[1:], levels[0])
-    root = jnp.broadcast_to(roots[:, :1], bins.shape)
-    for k in range(1, len(levels)):
-        scale = jnp.where(bins[k] != 0, levels[k], scale)
-        root = jnp.where(bins[k][None] != 0, roots[:, k, None], root)
-    scaled = norm.close(_add(norm)(bins * root * root, axis=0), count)
-    scale = scale * scale.dtype.type(2.0 ** -headroom(norm))
+def _levels(norm: Norm, dtype: np.dtype) -> np.ndarray:
+    """The powers of two that entries may be multiplied by, from the largest down."""
+    top = int(jnp.finfo(dtype).maxexp)
+    # Ordinary entries are far from both ends of the range at the second scale, and so are their powers. What
+    # overflows at one scale is about 1 at the next, so that many small entries do not vanish there.
+    exponents = [top - 2, int(top / 2 / norm.degree)]
+    enough = (top - 34) / norm.degree - top  # for 2^34 entries, all of them the largest number
+    while exponents[-1] > enough:
+        exponents.append(max(exponents[-1] - int(top / norm.degree), 2 - top))
+    return np.exp2(exponents).astype(dtype)
+
+
+def _by_trial(
+    arrays: Arrays,
+    norm: Norm,
+    start: jax.Array,
+    typed: Callable[[jax.Array], jax.Array],
+    at: Callable[[Arrays, Arrays], jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """Measures at the second scale, and at the others only those rows for which that did not do.
+
+    Args:
+      arrays: what to measure.
+      norm: how.
+      start: any partial results, `(parts, rows)`.
+      typed: gives values the mesh axes of the partial results.
+      at: measures arrays at scales of shape `()`, one for each.
+
+    Returns:
+      The partial results and the scales they were measured at, `(rows,)`.
+    """
+    dtype, rows = start.dtype, start.shape[1]
+    up, middle, *down = _levels(norm, dtype)
+    tiny = np.exp2(-jnp.finfo(dtype).maxexp * 72 / 128).astype(dtype)
+
+    def unfinished(carry):
+        count, _, again, _, _ = carry
+        return jnp.any(again) & (count <= len(down))
+
+    def attempt(carry):
+        count, scale, again, partial, scales = carry
+        # The scale differs from pass to pass: nothing of a leaf can be moved out of the loop.
+        partial = jnp.where(again, at(*_mesh.barrier(arrays, scale)), partial)
+        scales = jnp.where(again, scale, scales)
+        whole = _parts(partial, norm)
+        too_small = (count == 0) & jnp.all(whole < tiny)
+        for k, level in enumerate(down):
+            scale = jnp.where(count == k, level, scale)
+        scale = jnp.where(too_small, up, scale)
+        return count + 1, scale, too_small | (whole == jnp.inf), partial, scales
+
+    scales = jnp.full((rows,), middle)
+    first = jnp.int32(0), jnp.asarray(middle), jnp.full((rows,), True), scales
+    count, scale, again, scales = map(typed, first)
+    *_, partial, scales = lax.while_loop(unfinished, attempt, (count, scale, again, start, scales))
+    return partial, scales
+
+
+def _inverse(norm: jax.Array) -> jax.Array:
+    """A scale at which a norm is about 1, and which is neither infinite nor rounded to zero."""
+    largest = float(jnp.finfo(norm.dtype).max) / 8
+    return lax.stop_gradient(1 / jnp.clip(norm, 1 / largest, largest))
+
+
+def _parts(partial: jax.Array, norm: Norm) -> jax.Array:
+    """Partial results of what is scaled and what is not, `(parts, rows)`, put together."""
+    return partial[0] if len(partial) == 1 else _add(norm.combine)(partial, axis=0)
+
+
+def _joined(
+    partial: jax.Array, norm: Norm, close: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+) -> Measured:
+    """The norms of partial results `(parts, rows)`."""
+    together = close(_parts(partial, norm))
+    if len(partial) == 1:
+        return Measured(*together, None, None)
+    free, fixed = partial
+    return Measured(*together, close(fixed)[0], close(free)[0])
+
+
+def _close(
+    partial: jax.Array, scale: jax.Array, norm: Norm, count: np.ndarray
+) -> tuple[jax.Array, jax.Array]:
+    """The norms of rows from their partial results and scales; and the norms times `TINY`."""
+    scaled = norm.close(partial, count)
     true = scaled / scale
     beyond = (true == jnp.inf) & (scaled < jnp.inf)
     return jnp.where(beyond, float(jnp.finfo(true.dtype).max), true), scaled * (true.dtype.type(TINY) / scale)
 
 
-def merge(norm: Norm, norms: jax.Array, sizes: np.ndarray, total: np.ndarray | None = None) -> jax.Array:
-    """The norm of groups together from their norms along axis 0, without overflow on the way.
+def merge(
+    norm: Norm, norms: jax.Array, sizes: np.ndarray, total: float | np.ndarray | None = None
+) -> jax.Array:
+    """The norm of groups together from their norms along the last axis, without overflow on the way.
 
     Args:
       norm: how they were measured.
-      norms: the norms.
-      sizes: how many entries each is the norm of.
+      norms: the norms, `(..., groups)`.
+      sizes: how many entries each is the norm of, `(groups,)`.
       total: how many entries they have together; by default the sum.
     """
-    if len(norms) == 1 and total is None:
-        return norms[0]
-    total = np.sum(sizes, axis=0) if total is None else total
+    if norms.shape[-1] == 1 and total is None:
+        return norms[..., 0]
+    total = np.sum(sizes) if total is None else total
+    scale = _inverse(jnp.max(norms, axis=-1))
+    scaled = norms * jnp.expand_dims(scale, -1)
     each = jnp.broadcast_to(jnp.asarray(sizes, norms.dtype), norms.shape)
-    largest = float(jnp.finfo(norms.dtype).max)
-    peak = lax.stop_gradient(jnp.max(jnp.where(jnp.isfinite(norms), norms, 0), axis=0, keepdims=True))
-    peak = jnp.where(peak > 0, peak, 1)
-    # Both sides of the division stay away from where a reciprocal is rounded to zero.
-    nearer, of_peak = (jnp.where(peak > 1, x * 2.0**-4, x * 2.0**4) for x in (norms, peak))
-    partial = _add(norm)(norm.open(nearer / of_peak, each), axis=0)
-    together = norm.close(partial, jnp.asarray(total, norms.dtype)) * peak[0]
-    return jnp.where((together == jnp.inf) & jnp.all(norms < jnp.inf, axis=0), largest, together)
+    partial = _add(norm.combine)(norm.open(scaled, each), axis=-1)
+    return _close(partial, scale, norm, np.asarray(total, norms.dtype))[0]

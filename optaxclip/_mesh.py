@@ -17,15 +17,33 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
     return frozenset(axes)
 
 
-def vary_like(value: jax.Array, x: jax.Array) -> jax.Array:
-    """The value, typed as varying over the manual axes that `x` varies over, and as of the same mesh."""
-    value = replicate(value, x)
-    axes = tuple(varying_axes(x) - varying_axes(value))
+def vary_like(value: jax.Array, arrays: Sequence[jax.Array], apart: Sequence[str] = ()) -> jax.Array:
+    """The value, typed as of the mesh of some arrays, and as varying over the manual axes they vary over.
+
+    Axes of `apart` that a leaf is split over do not count: what is made of it is summed over them.
+    """
+    value = replicate(value, next((x for x in arrays if is_partitioned(x)), arrays[0]))
+    axes = frozenset[str]().union(*(varying_axes(x) - split_axes(x, apart) for x in arrays))
+    axes = tuple(sorted(axes - varying_axes(value)))
     if not axes:
         return value
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(value, axes, to="varying")
     return jax.lax.pvary(value, axes)  # JAX up to 0.8  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def barrier(arrays: Sequence[jax.Array], scale: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The arrays and the scale, once for each, of which the compiler knows nothing before the scale is known.
+
+    It takes a barrier for each set of manual axes, since what passes one together varies over the same.
+    """
+    passed, scales = list(arrays), [scale] * len(arrays)
+    for axes in dict.fromkeys(varying_axes(x) for x in arrays):
+        alike = [k for k, x in enumerate(arrays) if varying_axes(x) == axes]
+        together = jax.lax.optimization_barrier(([arrays[k] for k in alike], [scale] * len(alike)))
+        for k, x, own in zip(alike, *together, strict=True):
+            passed[k], scales[k] = x, own
+    return passed, scales
 
 
 def split_axes(x: jax.Array, axis_name: Sequence[str]) -> frozenset[str]:

@@ -25,12 +25,14 @@ class Factors(NamedTuple):
 
     Attributes:
       factor: the factors; too small ones may be 0.
-      code: the factors in a form that holds small ones too, for `scale`.
+      first: what to multiply by first, 1 or `TINY`.
+      then: what to multiply by then, so that both make the factor, and 1 only where the factor is.
       after: the norms times the factors.
     """
 
     factor: Float[Array, "rows"]
-    code: Float[Array, "rows"]
+    first: Float[Array, "rows"]
+    then: Float[Array, "rows"]
     after: Float[Array, "rows"]
 
 
@@ -39,8 +41,8 @@ def factors(
 ) -> Factors:
     """What to multiply each row by: 1 for rows of zeros; rows that are not finite are the caller's business.
 
-    A factor below 2^-100 cannot be relied on, since numbers below 2^-126 may be taken for zero. Its code is
-    `-factor / TINY`, which tells `scale` to multiply the entries by `TINY` first.
+    A factor below 2^-100 cannot be relied on, since numbers below 2^-126 may be taken for zero: entries are
+    multiplied by `TINY` first, and then by what is left of it.
 
     Args:
       measured: the norms of the rows.
@@ -60,16 +62,17 @@ def factors(
     factor = jnp.where(factor < 1, factor * excess, factor)
     factor = jnp.where(empty, 1, jnp.minimum(factor, largest))
     tiny = ~empty & (limit < small * 2.0**-36) & (factor < 2.0**-100)
-    code = jnp.where(tiny, -response.factor(jnp.where(tiny, small, norm), limit), factor)
-    scaled = measured.small * jnp.abs(code)
+    then = jnp.where(tiny, response.factor(jnp.where(tiny, small, norm), limit), factor)
+    scaled = measured.small * then
     after = jnp.where(tiny, scaled, jnp.where(beyond, scaled / TINY, measured.norm * factor))
-    return Factors(factor, code, after)
+    return Factors(factor, jnp.where(tiny, TINY, 1).astype(then.dtype), then, after)
 
 
 @functools.partial(jax.jit, static_argnames=("places", "drop"))
 def scale(
     leaves: Sequence[jax.Array],
-    codes: jax.Array,
+    first: Float[Array, "rows"],
+    then: Float[Array, "rows"],
     seed: jax.Array,
     *,
     places: tuple[Place, ...],
@@ -79,81 +82,65 @@ def scale(
 
     Args:
       leaves: the leaves to scale.
-      codes: the factors, coded by `factors`, `(rows,)`.
+      first: what to multiply by first, by row; see `Factors`.
+      then: what to multiply by then.
       seed: any number that is never -1.
       places: the place of each leaf.
       drop: whether a factor of 0 makes zeros of entries that are not finite.
     """
     single = [k for k, place in enumerate(places) if not place.axes]
-    codes, indices = _apart(codes, [places[k].first for k in single], seed)
-    if codes.size == 1:
-        picks = dict.fromkeys(single, _decoded(codes.reshape(())))
-    else:
-        picks = {k: _decoded(_element(codes, index)) for k, index in zip(single, indices, strict=True)}
+    pairs = jnp.stack([first, then], axis=1)
+    pairs, rows = _apart(pairs, list(dict.fromkeys(places[k].first for k in single)), seed)
+    times_row = jax.jit(functools.partial(_times_row, drop=drop))  # traced once for leaves that are alike
     scaled = []
-    for k, (leaf, place) in enumerate(zip(leaves, places, strict=True)):
-        if place.axes:
-            shape = tuple(leaf.shape[axis] for axis in place.axes)
-            code = codes[place.first : place.first + math.prod(shape)].reshape(shape)
-            others = tuple(axis for axis in range(leaf.ndim) if axis not in place.axes)
-            by = _decoded(jnp.expand_dims(_mesh.share(code, leaf, place.axes), others))
-        else:
-            by = picks[k]
-        scaled.append(_times(leaf, by, drop))
+    for leaf, place in zip(leaves, places, strict=True):
+        if not place.axes:
+            scaled.append(times_row(leaf, pairs, rows[place.first]))
+            continue
+        shape = tuple(leaf.shape[axis] for axis in place.axes)
+        others = tuple(axis for axis in range(leaf.ndim) if axis not in place.axes)
+        own = pairs[place.first : place.first + math.prod(shape)]
+        by_row = [_mesh.share(own[:, k].reshape(shape), leaf, place.axes) for k in (0, 1)]
+        by_first, by_then = (jnp.expand_dims(x, others) for x in by_row)
+        scaled.append(_times(leaf, by_first, by_then, drop))
     return scaled
 
 
-class _By(NamedTuple):
-    """A code taken apart: multiply by both numbers, unless the factor is 1."""
-
-    first: jax.Array
-    then: jax.Array
-    changes: jax.Array
+def _times_row(leaf: jax.Array, pairs: jax.Array, row: int | jax.Array, drop: bool) -> jax.Array:
+    if len(pairs) > 1:
+        pairs = lax.dynamic_slice(pairs, (row, np.int32(0)), (1, 2), allow_negative_indices=False)
+    return _times(leaf, pairs[0, 0], pairs[0, 1], drop)
 
 
-def _decoded(code: jax.Array) -> _By:
-    return _By(jnp.where(code < 0, TINY, 1).astype(code.dtype), jnp.abs(code), code != 1)
-
-
-def _times(leaf: jax.Array, by: _By, drop: bool) -> jax.Array:
+def _times(leaf: jax.Array, first: jax.Array, then: jax.Array, drop: bool) -> jax.Array:
     real = jnp.float64 if jnp.finfo(leaf.dtype).bits == 64 else jnp.float32
-    product = times(times(widen(leaf, real), by.first.astype(real)), by.then.astype(real)).astype(leaf.dtype)
+    product = times(times(widen(leaf, real), first.astype(real)), then.astype(real)).astype(leaf.dtype)
     if drop:
-        product = jnp.where(by.then == 0, jnp.zeros_like(product), product)
-    return jnp.where(by.changes, product, leaf)
+        product = jnp.where(then == 0, jnp.zeros_like(product), product)
+    return jnp.where(then != 1, product, leaf)
 
 
 def _apart(
-    vector: jax.Array, indices: list[int], seed: jax.Array
-) -> tuple[jax.Array, Sequence[int | jax.Array]]:
-    """The vector and the indices, in a form that XLA on CPU knows nothing about.
+    pairs: jax.Array, rows: Sequence[int], seed: jax.Array
+) -> tuple[jax.Array, dict[int, np.int32 | jax.Array]]:
+    """The factors and the indices of rows, in a form that XLA on CPU knows nothing about.
 
-    It would fuse all that makes the vector into every kernel that reads from it, and with a known index no
+    It would fuse all that makes the factors into every kernel that reads from them, and with a known index no
     two of these kernels would be the same: each would be compiled. What comes out of a conditional stays
     apart, and kernels for leaves of the same shape are compiled once.
     """
-    if _mesh.has_mesh(vector):
-        return _mesh.replicate(vector), indices
-    few = len(indices) <= FEW or vector.size == 1
+    known = [np.int32(row) for row in rows]
+    if _mesh.has_mesh(pairs):
+        return _mesh.replicate(pairs), dict(zip(rows, known, strict=True))
+    few = len(rows) <= FEW
 
-    def opaque(vector, seed):
-        def as_it_is():
-            return vector, [] if few else [np.int32(index) for index in indices]
+    def opaque(pairs, seed):
+        never = jnp.zeros_like(pairs), [] if few else [np.int32(0)] * len(rows)
+        return lax.cond(seed != -1, lambda: (pairs, [] if few else known), lambda: never)
 
-        def never():
-            return jnp.zeros_like(vector), [] if few else [np.int32(0)] * len(indices)
-
-        return lax.cond(seed != -1, as_it_is, never)
-
-    def plain(vector, seed):
+    def plain(pairs, seed):
         del seed
-        return vector, [] if few else [jnp.int32(index) for index in indices]
+        return pairs, [] if few else [jnp.int32(row) for row in rows]
 
-    vector, opaque_indices = lax.platform_dependent(vector, seed, cpu=opaque, default=plain)
-    return vector, indices if few else opaque_indices
-
-
-def _element(vector: jax.Array, index: int | jax.Array) -> jax.Array:
-    if isinstance(index, int):
-        return vector[index]
-    return vector.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    pairs, indices = lax.platform_dependent(pairs, seed, cpu=opaque, default=plain)
+    return pairs, dict(zip(rows, known if few else indices, strict=True))
