@@ -65,14 +65,14 @@ def apply(
     table = table_of(part, options)
     found = measured(part, part.leaves, table, options)
     norm = found.norm
-    total = merge(options.norm, norm, table.sizes)
+    total = merge(options.norm, jnp.where(jnp.isfinite(norm), norm, 0), table.sizes)
     of_params = None
     if rule.needs_params:
         if params is None:
             raise ValueError(_checks.NO_PARAMS)
         matched = matching(part, params, options.groups.names, "limits.relative")
         of_params = measured(part, matched, table, options).norm.astype(norm.dtype)
-    context = Context(step, table, options.norm, total, of_params)
+    context = Context(step, table, options.norm, options.response, total, of_params)
     limit, rule_state = rule.update(norm, rule_state, context)
     limit = jnp.maximum(_per_row(limit, part), 0).astype(norm.dtype)
     made = factors(found, limit, options.response, options.eps)

@@ -105,13 +105,15 @@ class Context(NamedTuple):
       step: how many updates came before, int32, `()`.
       table: names and sizes of the rows.
       norm: the way the groups are measured.
-      total: the norm of all groups together, `()`.
+      response: what the norms and limits will be given to.
+      total: the norm of all groups together whose norms are finite, `()`.
       params: the parameters' norms, `(rows,)`; None unless the limit needs them.
     """
 
     step: Int[Array, ""] | Int[np.ndarray, ""]
     table: Table
     norm: Norm
+    response: "Response"
     total: Float[Array, ""]
     params: Float[Array, "rows"] | None
 

@@ -47,6 +47,16 @@ def positive(where: str, **arguments: Any) -> None:
             raise ValueError(f"{where}: {name} is {value!r}, among the numbers above 0. Pass a positive one.")
 
 
+def within(where: str, least: float, most: float, **arguments: Any) -> None:
+    """Raises if an argument is a number outside `[least, most]` or NaN."""
+    numeric(where, **arguments)
+    for name, value in arguments.items():
+        if is_number(value) and not least <= value <= most:
+            raise ValueError(
+                f"{where}: {name} is {value!r}, among the numbers from {least} to {most}. Pass one of these."
+            )
+
+
 def whole_number(where: str, *, least: int = 0, **arguments: Any) -> None:
     """Raises unless every argument is an integer known now, and not below `least`."""
     for name, value in arguments.items():

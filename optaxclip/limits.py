@@ -15,8 +15,27 @@ import numpy as np
 
 from optaxclip import _checks
 from optaxclip._base import Context, Limit, Table
+from optaxclip._moments import moment_ratio, running_mean, running_rms
+from optaxclip._running import ema, quantile, zscore
+from optaxclip._windows import mean_std, percentile
 
-__all__ = ["after", "at_most", "budget", "constant", "per_group", "relative", "schedule"]
+__all__ = [
+    "after",
+    "at_most",
+    "budget",
+    "constant",
+    "ema",
+    "mean_std",
+    "moment_ratio",
+    "per_group",
+    "percentile",
+    "quantile",
+    "relative",
+    "running_mean",
+    "running_rms",
+    "schedule",
+    "zscore",
+]
 
 LimitLike: TypeAlias = float | jax.Array | np.ndarray | Callable[[Any], Any] | Limit
 

@@ -4,14 +4,16 @@ A factor that is exactly 1 leaves every bit of the group as it was. Whatever the
 changes nothing, a limit of 0 gives zeros, and a group of zeros stays zeros.
 """
 
+import math
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 
 from optaxclip import _checks
 from optaxclip._base import Response
 
-__all__ = ["clip", "normalize", "soft", "zero"]
+__all__ = ["band", "clip", "normalize", "psac", "soft", "zero"]
 
 
 def _clip(norm, limit):
@@ -46,21 +48,102 @@ _CLIP, _NORMALIZE, _ZERO = Response(_clip), Response(_normalize), Response(_zero
 _SOFT = {"rational": Response(_rational), "sqrt": Response(_sqrt)}
 
 
-def clip() -> Response:
+def clip(floor: float | jax.Array = 0.0) -> Response:
     r"""Scales a group down to its limit if its norm is above it.
 
-    $$\text{factor} = \min(1, c / n)$$
+    $$\text{factor} = \min(1, \max(\delta, c / n))$$
+
+    Args:
+      floor: δ, the least factor, from 0 to 1. Above 0, large norms may stay above the limit.
+
+    Raises:
+      TypeError: if `floor` is neither a number nor an array.
+      ValueError: if it is a number outside its range.
 
     References:
       Pascanu et al., [On the difficulty of training recurrent neural
-      networks](https://arxiv.org/abs/1211.5063), 2013.
+      networks](https://arxiv.org/abs/1211.5063), 2013. With a floor: Tucat et al.,
+      [δ-GClip](https://arxiv.org/abs/2404.08624), 2024.
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> tree, stats = oc.rescale_tree({"w": jnp.array([3.0, 4.0])}, 1.0, response=oc.responses.clip())
     >>> print(tree["w"])
     [0.6 0.8]
     """
-    return _CLIP
+    _checks.within("responses.clip", 0, 1, floor=floor)
+    if _checks.is_number(floor) and floor == 0:
+        return _CLIP
+    return Response(lambda norm, limit: jnp.maximum(_clip(norm, limit), floor))
+
+
+def band(
+    low: float | jax.Array, *, most_up: float | jax.Array = math.inf, most_down: float | jax.Array = 0.0
+) -> Response:
+    r"""Scales a group down to its limit if its norm is above it, and up if it is below a share of the limit.
+
+    $$\text{factor} = \begin{cases}
+    \max(c / n, d) & n > c \\ \min(l c / n, u) & n < l c \\ 1 & \text{else}
+    \end{cases}$$
+
+    An infinite limit changes nothing; a group of zeros stays zeros.
+
+    Args:
+      low: l, the share of the limit that norms are raised to, from 0 to 1.
+      most_up: u, the largest factor, at least 1.
+      most_down: d, the least factor, from 0 to 1. At 1 nothing is scaled down.
+
+    Raises:
+      TypeError: if an argument is neither a number nor an array.
+      ValueError: if a number is outside its range.
+
+    References:
+      Li et al., [AGGC](https://arxiv.org/abs/2601.11864), 2026. Only upwards: Dubey et al.,
+      [AdaNorm](https://arxiv.org/abs/2210.06364), 2023.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> grads = {"a": jnp.array([0.3, 0.4]), "b": jnp.array([3.0, 4.0])}
+    >>> band = oc.responses.band(0.5)
+    >>> tree, stats = oc.rescale_tree(grads, 2.0, groups=oc.groups.leaf(), response=band)
+    >>> print(stats.norm_after)
+    [1. 2.]
+    """
+    where = "responses.band"
+    _checks.within(where, 0, 1, low=low, most_down=most_down)
+    _checks.within(where, 1, math.inf, most_up=most_up)
+
+    def factor(norm, limit):
+        down = jnp.maximum(limit / norm, most_down)
+        up = jnp.minimum(low * limit / norm, most_up)
+        changed = jnp.where(norm > limit, down, jnp.where(norm < low * limit, up, 1))
+        return jnp.where(limit < jnp.inf, changed, 1)
+
+    return Response(factor)
+
+
+def psac(r: float | jax.Array = 0.1) -> Response:
+    r"""Scales every group nearly to its limit, small ones less so: $c / (n + r / (n + r))$.
+
+    Args:
+      r: the norm around which the factor is largest; positive.
+
+    Raises:
+      TypeError: if `r` is neither a number nor an array.
+      ValueError: if it is a number that is not positive.
+
+    References:
+      Xia et al., [DP-PSAC](https://arxiv.org/abs/2212.00328), 2023. No noise is added here.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> tree, stats = oc.rescale_tree({"w": jnp.array([0.4])}, 1.0, response=oc.responses.psac(0.1))
+    >>> print(tree["w"])
+    [0.6666667]
+    """
+    _checks.positive("responses.psac", r=r)
+
+    def factor(norm, limit):
+        return jnp.where(limit < jnp.inf, limit / (norm + r / (norm + r)), 1)
+
+    return Response(factor)
 
 
 def normalize() -> Response:

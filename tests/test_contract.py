@@ -49,7 +49,25 @@ ENGINE = {
         oc.groups.regex({oc.groups.measured_only("x"): "head", oc.groups.scaled_only("x"): "bias", "x": ""}),
     ),
 }
-ALL = METHODS | ENGINE
+ADAPTIVE = {
+    "autoclip": oc.autoclip,
+    "quantile_clip": lambda: oc.quantile_clip(50.0, window=4),
+    "zclip": lambda: oc.zclip(warmup=2, z=0.5, max_norm=None),
+    "adagc": lambda: oc.adagc(warmup=1),
+    "clip_by_historical_norm": lambda: oc.clip_by_historical_norm(1.0, window=4, warmup=2),
+    "clip_by_adaptive_quantile": oc.clip_by_adaptive_quantile,
+    "aggc": oc.aggc,
+    "adanorm": oc.adanorm,
+    "gradient_stabilizer": oc.gradient_stabilizer,
+    "normalize_by_running_norm": lambda: oc.normalize_by_running_norm(groups=STACKED),
+}
+SOFT = {
+    "automatic_clip": oc.automatic_clip,
+    "psac_clip": oc.psac_clip,
+    "delta_clip": oc.delta_clip,
+    "smooth_clip": oc.smooth_clip,
+}
+ALL = METHODS | ENGINE | ADAPTIVE | SOFT
 
 
 def step(tx, state, scale):
@@ -141,6 +159,26 @@ def test_factories_themselves_can_be_injected(method):
     tx = optax.inject_hyperparams(getattr(oc, method))(0.5)
     updates, _ = tx.update(GRADS, tx.init(GRADS), PARAMS)
     expected, _ = METHODS[method]().update(GRADS, METHODS[method]().init(PARAMS), PARAMS)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("factory", "numbers", "static"),
+    [
+        (oc.autoclip, {"percentile": 20.0}, ("window", "include_current")),
+        (oc.zclip, {"z": 2.0, "decay": 0.9}, ("max_norm", "warmup", "mode", "learn_from_spikes")),
+        (oc.adagc, {"slack": 1.1, "decay": 0.9}, ("warmup",)),
+        (oc.aggc, {"low": 0.5, "most_up": 1.5}, ()),
+        (oc.delta_clip, {"max_norm": 0.2, "delta": 0.1}, ()),
+    ],
+)
+def test_numbers_of_adaptive_methods_can_be_injected(factory, numbers, static):
+    """They become traced arrays, and the updates stay what they are."""
+    static = (*static, "groups", "nonfinite", "axis_name")
+    injected = optax.inject_hyperparams(factory, static_args=static)(**numbers)
+    plain = factory(**numbers)
+    updates, _ = jax.jit(injected.update)(GRADS, injected.init(GRADS), PARAMS)
+    expected, _ = jax.jit(plain.update)(GRADS, plain.init(GRADS), PARAMS)
     chex.assert_trees_all_close(updates, expected, rtol=1e-6)
 
 

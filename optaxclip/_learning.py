@@ -1,0 +1,48 @@
+"""What limits that follow the norms have in common.
+
+All of them learn from norms that are finite and positive and from no others: after a NaN, an infinity or a
+zero the state is what it was before, and the next ordinary step meets the limit that it would have met.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip._base import Context, Limit, PyTree
+
+
+def learning(
+    init: Callable[[int], PyTree],
+    learn: Callable[[jax.Array, PyTree, Context], PyTree],
+    limit: Callable[[jax.Array, PyTree, PyTree, Context], jax.Array],
+) -> Limit:
+    """A limit with a state of arrays whose first axis is the row.
+
+    Args:
+      init: from the number of rows to the state.
+      learn: from norms, state and context to the new state, kept only for rows with norms to learn from.
+      limit: from norms, the state before, the state after and the context to the limits.
+    """
+
+    def update(norm: jax.Array, state: PyTree, ctx: Context) -> tuple[jax.Array, PyTree]:
+        known = jnp.isfinite(norm) & (norm > 0)
+        single = jnp.where(known, norm, 1).astype(jnp.float32)
+
+        def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(known.reshape((-1,) + (1,) * (old.ndim - 1)), new.astype(old.dtype), old)
+
+        after = jax.tree.map(chosen, learn(single, state, ctx), state)
+        return limit(single, state, after, ctx), after
+
+    return Limit(lambda table: init(len(table.names)), update)
+
+
+def full(rows: int, value: float) -> jax.Array:
+    """A number for each row."""
+    return jnp.full((rows,), value, jnp.float32)
+
+
+def between(low: jax.Array, high: jax.Array, part: float | jax.Array) -> jax.Array:
+    """The point between two at a share of the way; also a running mean, of the new, the old and its decay."""
+    return low + part * (high - low)

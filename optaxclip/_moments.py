@@ -1,0 +1,159 @@
+"""Limits that are running moments of the norms, to normalise to; public in `limits`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip import _checks
+from optaxclip._base import Context, Limit, PyTree
+from optaxclip._learning import between, full, learning
+
+
+def running_mean(decay: float | jax.Array = 0.95) -> Limit:
+    r"""The running mean of a group's norms, with the current one: $\mu_t = d\,\mu_{t-1} + (1 - d)\,n_t$.
+
+    *Warm-up*: the first norm is the mean. *History*: raw norms. *Non-finite and zero norms* are not learned
+    from.
+
+    Args:
+      decay: d, the weight of the past per step, from 0 to 1.
+
+    Returns:
+      A `Limit` whose state is the means, `(rows,)`.
+
+    Raises:
+      TypeError: if `decay` is no number.
+      ValueError: if it is outside its range.
+
+    References:
+      Dubey et al., [AdaNorm](https://arxiv.org/abs/2210.06364), 2023, whose mean starts at 0.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> tx = oc.clip_by_global_norm(oc.limits.running_mean(0.5))
+    >>> state = tx.init({"w": jnp.zeros(1)})
+    >>> for size in (1.0, 9.0):
+    ...     updates, state = tx.update({"w": jnp.array([size])}, state)
+    >>> print(state.limit)
+    [5.]
+    """
+    _checks.within("limits.running_mean", 0, 1, decay=decay)
+
+    def learn(norm: jax.Array, mean: PyTree, ctx: Context) -> PyTree:
+        del ctx
+        return jnp.where(mean > 0, between(norm, mean, decay), norm)
+
+    return learning(lambda rows: full(rows, 0), learn, lambda norm, before, after, ctx: after)
+
+
+def running_rms(decay: float | jax.Array = 0.25, *, eps: float | jax.Array = 1e-6) -> Limit:
+    r"""A group's norm over the running root mean square of its norms, to normalise to.
+
+    $$c_t = \frac{n_t}{\sqrt{v_t} + \epsilon}, \qquad v_t = d\,v_{t-1} + (1 - d)\,n_t^2$$
+
+    With `responses.normalize`, updates are divided by the running root mean square.
+
+    *Warm-up*: the first norm is the root mean square. *History*: raw norms. *Non-finite and zero norms* are
+    not learned from.
+
+    Args:
+      decay: d, the weight of the past per step, from 0 to 1.
+      eps: added to the root mean square.
+
+    Returns:
+      A `Limit` whose state is the root mean squares, `(rows,)`.
+
+    Raises:
+      TypeError: if an argument is of the wrong type.
+      ValueError: if a number is outside its range.
+
+    References:
+      Ginsburg et al., [NovoGrad](https://arxiv.org/abs/1905.11286), 2019: its second moment.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> tx = oc.rescale_by_norm(oc.limits.running_rms(0.5, eps=0.0), response=oc.responses.normalize())
+    >>> state = tx.init({"w": jnp.zeros(1)})
+    >>> for size in (1.0, 7.0):
+    ...     updates, state = tx.update({"w": jnp.array([size])}, state)
+    >>> print(updates["w"])
+    [1.4]
+    """
+    where = "limits.running_rms"
+    _checks.within(where, 0, 1, decay=decay)
+    _checks.nonnegative(where, eps=eps)
+
+    def learn(norm: jax.Array, rms: PyTree, ctx: Context) -> PyTree:
+        del ctx
+        return jnp.where(rms > 0, _root_mean_square(norm, rms, decay), norm)
+
+    return learning(
+        lambda rows: full(rows, 0),
+        learn,
+        lambda norm, before, after, ctx: norm / jnp.where(after > 0, after + eps, 1),
+    )
+
+
+def moment_ratio(
+    first: float | jax.Array = 0.7, second: float | jax.Array = 0.9, *, eps: float | jax.Array = 1e-8
+) -> Limit:
+    r"""The ratio of the running mean of a group's norm to its running root mean square, both without bias.
+
+    $$c_t = \frac{\hat\mu_t}{\sqrt{\hat\nu_t} + \epsilon}, \qquad
+    \hat\mu_t = \frac{\mu_t}{1 - d_1^t}, \quad \hat\nu_t = \frac{\nu_t}{1 - d_2^t}$$
+
+    At most about 1 however large a norm is; for `responses.normalize`.
+
+    *Warm-up*: none, the first limit is 1. *History*: raw norms. *Non-finite and zero norms* are not learned
+    from, and t counts the norms that were: a momentum reset elsewhere cannot part the two, as it does in the
+    authors' code.
+
+    Args:
+      first: d1, the weight of the past in the mean.
+      second: d2, the weight of the past in the mean square.
+      eps: added to the root mean square, relative to the norms.
+
+    Returns:
+      A `Limit` whose state is mean, root mean square and count, three vectors of shape `(rows,)`.
+
+    Raises:
+      TypeError: if an argument is of the wrong type.
+      ValueError: if a number is outside its range.
+
+    References:
+      Huang et al., [Stable-SPAM](https://arxiv.org/abs/2502.17055), 2025, as AdaGN; since 2026
+      GradientStabilizer.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> tx = oc.rescale_by_norm(oc.limits.moment_ratio(), response=oc.responses.normalize())
+    >>> state = tx.init({"w": jnp.zeros(1)})
+    >>> for size in (1.0, 1000.0):
+    ...     updates, state = tx.update({"w": jnp.array([size])}, state)
+    >>> print(updates["w"])
+    [0.81139356]
+    """
+    where = "limits.moment_ratio"
+    _checks.within(where, 0, 1, first=first, second=second)
+    _checks.nonnegative(where, eps=eps)
+
+    def init(rows: int) -> PyTree:
+        return full(rows, 0), full(rows, 0), full(rows, 0)
+
+    def learn(norm: jax.Array, state: PyTree, ctx: Context) -> PyTree:
+        del ctx
+        mean, rms, count = state
+        return between(norm, mean, first), _root_mean_square(norm, rms, second), count + 1
+
+    def limit(norm: jax.Array, before: Any, after: PyTree, ctx: Context) -> jax.Array:
+        del norm, before, ctx
+        mean, rms, count = after
+        mean = mean / (1 - first ** jnp.maximum(count, 1))
+        rms = rms / jnp.sqrt(1 - second ** jnp.maximum(count, 1))
+        return jnp.where(count > 0, mean / jnp.where(count > 0, rms + eps, 1), 1)
+
+    return learning(init, learn, limit)
+
+
+def _root_mean_square(new: jax.Array, old: jax.Array, decay: Any) -> jax.Array:
+    """The root of a running mean square, without a square that leaves float32's range."""
+    peak = jnp.maximum(jnp.maximum(new, old), jnp.finfo(jnp.float32).tiny)
+    return peak * jnp.sqrt(between((new / peak) ** 2, (old / peak) ** 2, decay))

@@ -1,0 +1,224 @@
+"""Limits with a few running numbers for each group; public in `limits`."""
+
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip import _checks
+from optaxclip._base import Context, Limit, PyTree
+from optaxclip._learning import between, full, learning
+
+
+def ema(
+    slack: float | jax.Array,
+    decay: float | jax.Array = 0.98,
+    *,
+    warmup: int = 0,
+    max_norm: float | jax.Array = math.inf,
+    eps: float | jax.Array = 0.0,
+) -> Limit:
+    r"""Allows `slack` times the running mean of a group's own norm.
+
+    $$c_t = s\,\mu_{t-1}, \qquad \mu_t = d\,\mu_{t-1} + (1 - d)\, n'_t$$
+
+    where n' is the norm that comes out of the response, so that one spike cannot raise the next limit by
+    much: with clipping a limit grows by at most a factor of 1 + (1 - d)(s - 1) a step.
+
+    *Warm-up*: for the first `warmup` steps the whole update is clipped to `max_norm` and μ is the least norm
+    that came out; without warm-up the first norm has no limit and is μ. *History*: norms after the response.
+    *Non-finite and zero norms* are not learned from, so that a zero in the warm-up cannot freeze a group.
+
+    Args:
+      slack: how far above its mean a norm may go, as a ratio, usually a little above 1.
+      decay: weight of the past per step, from 0 to 1. The mean forgets over about `1 / (1 - decay)` steps.
+      warmup: how many steps the warm-up takes.
+      max_norm: the limit on the whole update in the warm-up.
+      eps: what the engine adds to norms; the same as there.
+
+    Returns:
+      A `Limit` whose state is the means, float32 of shape `(rows,)`.
+
+    Raises:
+      TypeError: if an argument is of the wrong type.
+      ValueError: if a number is outside its range.
+
+    References:
+      Wang et al., [AdaGC](https://arxiv.org/abs/2502.11034), 2025.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> tx = oc.clip_by_global_norm(oc.limits.ema(2.0, decay=0.5))
+    >>> state = tx.init({"w": jnp.zeros(1)})
+    >>> for size in (1.0, 9.0, 9.0):
+    ...     updates, state = tx.update({"w": jnp.array([size])}, state)
+    ...     print(updates["w"])
+    [1.]
+    [2.]
+    [3.]
+    """
+    where = "limits.ema"
+    _checks.positive(where, slack=slack, max_norm=max_norm)
+    _checks.within(where, 0, 1, decay=decay)
+    _checks.whole_number(where, warmup=warmup)
+    _checks.nonnegative(where, eps=eps)
+
+    def init(rows: int) -> PyTree:
+        return full(rows, jnp.inf)
+
+    def limit(norm: jax.Array, mean: PyTree, after: Any, ctx: Context) -> jax.Array:
+        del after
+        # No more than one group's share: the factor is that of the whole update.
+        whole = ctx.total.astype(norm.dtype) + eps
+        early = jnp.where(whole > max_norm, (norm + eps) * (max_norm / whole), jnp.inf)
+        return jnp.where(ctx.step < warmup, early, slack * mean)
+
+    def learn(norm: jax.Array, mean: PyTree, ctx: Context) -> PyTree:
+        held = limit(norm, mean, None, ctx)
+        seen = norm * ctx.response.factor(norm, held)
+        later = jnp.where(mean < jnp.inf, between(seen, jnp.where(mean < jnp.inf, mean, 0), decay), seen)
+        return jnp.where(ctx.step < warmup, jnp.minimum(mean, seen), later)
+
+    return learning(init, learn, limit)
+
+
+def zscore(
+    z: float | jax.Array = 2.5,
+    decay: float | jax.Array = 0.97,
+    *,
+    warmup: int = 25,
+    eps: float | jax.Array = 1e-6,
+    mode: Literal["reciprocal", "mean", "fixed"] = "reciprocal",
+    factor: float | jax.Array = 1.0,
+    learn_from_spikes: bool = True,
+) -> Limit:
+    r"""Limits norms that are more than `z` standard deviations above their running mean.
+
+    $$\zeta_t = \frac{n_t - \mu}{\sigma + \epsilon}, \qquad c_t = \begin{cases}
+    f\,(\mu + z^2 \sigma / \zeta_t) & \text{reciprocal} \ \mu & \text{mean} \ \mu + z \sigma & \text{fixed}
+    \end{cases} \quad \text{if } \zeta_t > z \text{, and no limit otherwise}$$
+
+    and then, with x the limit where there is one and the norm elsewhere,
+    $\mu' = d\mu + (1 - d)x$, $\sigma'^2 = d\sigma^2 + (1 - d)(x - \mu')^2$. The larger an outlier, the closer
+    to the mean it is brought by `"reciprocal"`.
+
+    *Warm-up*: no limit for the first `warmup` norms, whose mean and variance start the running ones.
+    *History*: limits in place of spikes, or nothing with `learn_from_spikes=False`; a lasting rise is then
+    followed slowly or never. *Non-finite and zero norms* are not learned from. While σ is below 1e-6 of the
+    mean no spike can be told: there is no limit, and the norm is learned.
+
+    Args:
+      z: how many standard deviations.
+      decay: d, the weight of the past per step, from 0 to 1.
+      warmup: how many norms to wait for, at least 2.
+      eps: added to the standard deviation.
+      mode: what spikes are limited to.
+      factor: multiplies the limit of `"reciprocal"`.
+      learn_from_spikes: whether the limit is learned in place of a spike.
+
+    Returns:
+      A `Limit` whose state is mean, variance and count, three vectors of shape `(rows,)`.
+
+    Raises:
+      TypeError: if an argument is of the wrong type.
+      ValueError: if a number is outside its range or `mode` is unknown.
+
+    References:
+      Kumar et al., [ZClip](https://arxiv.org/abs/2504.02507), 2025, without its cap; see `zclip`.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> tx = oc.clip_by_global_norm(oc.limits.zscore(2.0, warmup=2, mode="fixed"))
+    >>> state = tx.init({"w": jnp.zeros(1)})
+    >>> for size in (1.0, 3.0, 9.0):
+    ...     updates, state = tx.update({"w": jnp.array([size])}, state)
+    >>> print(state.limit)
+    [4.]
+    """
+    where = "limits.zscore"
+    _checks.positive(where, z=z, factor=factor)
+    _checks.nonnegative(where, eps=eps)
+    _checks.within(where, 0, 1, decay=decay)
+    _checks.whole_number(where, least=2, warmup=warmup)
+    _checks.one_of(where, ("reciprocal", "mean", "fixed"), mode=mode)
+
+    def init(rows: int) -> PyTree:
+        return full(rows, 0), full(rows, 0), jnp.zeros((rows,), jnp.int32)
+
+    def limit(norm: jax.Array, before: PyTree, after: Any, ctx: Context) -> jax.Array:
+        del after, ctx
+        mean, variance, count = before
+        std = jnp.sqrt(variance)
+        score = (norm - mean) / jnp.maximum(std + eps, jnp.finfo(jnp.float32).tiny)
+        spike = norm > mean + z * std if mode == "fixed" else score > z
+        spike = spike & (count >= warmup) & (std > 1e-6 * mean)
+        over = jnp.where(spike, score, 1)
+        to = {"reciprocal": factor * (mean + z * z * std / over), "mean": mean, "fixed": mean + z * std}
+        return jnp.where(spike, to[mode], jnp.inf)
+
+    def learn(norm: jax.Array, before: PyTree, ctx: Context) -> PyTree:
+        mean, variance, count = before
+        held = limit(norm, before, None, ctx)
+        x = jnp.where(held < jnp.inf, held, norm)
+        # In the warm-up all norms weigh the same.
+        past = jnp.where(count < warmup, count.astype(jnp.float32) / (count + 1).astype(jnp.float32), decay)
+        new_mean = between(x, mean, past)
+        squared = jnp.where(count < warmup, (x - mean) * (x - new_mean), (x - new_mean) ** 2)
+        new_variance = between(squared, variance, past)
+        learned = new_mean, new_variance, jnp.minimum(count + 1, warmup)
+        if learn_from_spikes:
+            return learned
+        return tuple(jnp.where(held < jnp.inf, old, new) for new, old in zip(learned, before, strict=True))
+
+    return learning(init, learn, limit)
+
+
+def quantile(
+    target: float | jax.Array = 0.5, rate: float | jax.Array = 0.2, *, initial: float | jax.Array = 1.0
+) -> Limit:
+    r"""Moves a limit until a share `target` of a group's norms is within it.
+
+    $$c_{t+1} = c_t\,e^{-\eta\,(b_t - \gamma)}, \qquad b_t = 1 \text{ if } n_t \le c_t \text{ else } 0$$
+
+    *Warm-up*: none; the limit starts at `initial` and moves by a factor of up to e^rate a step. *History*:
+    whether a raw norm was within the limit, so that the size of a spike does not matter. *Non-finite and zero
+    norms* are not learned from.
+
+    Args:
+      target: γ, the share of norms to leave as they are, from 0 to 1.
+      rate: η, how fast the limit moves.
+      initial: the first limit.
+
+    Returns:
+      A `Limit` whose state is the limits, `(rows,)`.
+
+    Raises:
+      TypeError: if an argument is of the wrong type.
+      ValueError: if a number is outside its range.
+
+    References:
+      Andrew et al., [Differentially Private Learning with Adaptive
+      Clipping](https://arxiv.org/abs/1905.03871), 2021, without its noise: this gives no privacy.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> tx = oc.clip_by_global_norm(oc.limits.quantile(0.5, rate=2.0))
+    >>> state = tx.init({"w": jnp.zeros(1)})
+    >>> for size in (5.0, 5.0, 5.0):
+    ...     updates, state = tx.update({"w": jnp.array([size])}, state)
+    ...     print(updates["w"])
+    [1.]
+    [2.7182817]
+    [5.]
+    """
+    where = "limits.quantile"
+    _checks.within(where, 0, 1, target=target)
+    _checks.nonnegative(where, rate=rate)
+    _checks.positive(where, initial=initial)
+
+    def learn(norm: jax.Array, held: PyTree, ctx: Context) -> PyTree:
+        del ctx
+        return held * jnp.exp(-rate * ((norm <= held).astype(jnp.float32) - target))
+
+    def init(rows: int) -> PyTree:
+        return full(rows, 1) * jnp.asarray(initial, jnp.float32)
+
+    return learning(init, learn, lambda norm, before, after, ctx: before)

@@ -1,0 +1,230 @@
+"""Adaptive limits and other published methods, against float64 readings of their equations."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+import optaxclip as oc
+
+DIRECTIONS = {"a": {"w": np.array([0.6, -0.8]), "b": np.array([0.0])}, "c": {"w": np.array([[1.0], [0.0]])}}
+# A norm that is not finite, a zero, and the step from which norms are ten times as large.
+SPIKES, NAN, INF, ZERO, RISE, STEPS = (60, 110, 160), 80, 130, 95, 180, 240
+
+
+def golden(seed, median=1.0):
+    """Norms with ordinary noise, three spikes, a NaN, an infinity, a zero step and a lasting rise."""
+    norms = median * np.exp(0.3 * np.random.default_rng(seed).normal(size=STEPS))
+    norms[list(SPIKES)] *= [30.0, 300.0, 3000.0]
+    norms[NAN], norms[INF], norms[ZERO] = np.nan, np.inf, 0.0
+    norms[RISE:] *= 10
+    return norms.astype(np.float32)
+
+
+def updates(norm, direction):
+    """An update of a norm: one entry carries what is not finite, and zero times it stays zero."""
+    scaled = norm * jnp.asarray(direction, jnp.float32)
+    return jnp.where(direction == 0, jnp.zeros_like(scaled), scaled)
+
+
+def run(tx, norms):
+    """The norms that come out of a transformation, step by step, and its last state."""
+    params = {"x": jnp.zeros(2)}
+
+    def step(state, norm):
+        out, state = tx.update({"x": updates(norm, np.array([0.6, -0.8]))}, state)
+        return state, out["x"]
+
+    state, out = jax.lax.scan(step, tx.init(params), jnp.asarray(norms, jnp.float32))
+    return np.linalg.norm(np.asarray(out, np.float64), axis=1), state
+
+
+METHODS = {
+    "autoclip": (lambda: oc.autoclip(window=1000), reference.autoclip),
+    "autoclip, window": (
+        lambda: oc.autoclip(70.0, window=16),
+        lambda n: reference.autoclip(n, 70.0, 16),
+    ),
+    "quantile_clip": (
+        lambda: oc.quantile_clip(90.0, window=40),
+        lambda n: reference.autoclip(n, 90.0, 40, include_current=False),
+    ),
+    "zclip": (oc.zclip, reference.zclip),
+    "zclip, no cap": (lambda: oc.zclip(max_norm=None), lambda n: reference.zclip(n, max_norm=None)),
+    "zclip, mean": (
+        lambda: oc.zclip(max_norm=None, mode="mean"),
+        lambda n: reference.zclip(n, max_norm=None, mode="mean"),
+    ),
+    "zclip, fixed": (
+        lambda: oc.zclip(max_norm=9.0, mode="fixed", z=2.0),
+        lambda n: reference.zclip(n, max_norm=9.0, mode="fixed", z=2.0),
+    ),
+    "zclip, factor, not learning": (
+        lambda: oc.zclip(max_norm=None, factor=1.2, learn_from_spikes=False),
+        lambda n: reference.zclip(n, max_norm=None, factor=1.2, learn=False),
+    ),
+    "clip_by_historical_norm": (oc.clip_by_historical_norm, reference.historical),
+    "clip_by_historical_norm, as OLMo": (
+        lambda: oc.rescale_by_norm(oc.limits.mean_std(6.0, warmup=64, unbiased=True)),
+        lambda n: reference.historical(n, k=6.0, unbiased=True),
+    ),
+    "clip_by_adaptive_quantile": (oc.clip_by_adaptive_quantile, reference.adaptive_quantile),
+    "aggc": (oc.aggc, reference.aggc),
+    "aggc, band": (
+        lambda: oc.aggc(low=0.7, high=1.3, decay=0.9, most_up=1.2, most_down=0.5),
+        lambda n: reference.aggc(n, 0.7, 1.3, 0.9, 1.2, 0.5),
+    ),
+    "adanorm": (oc.adanorm, reference.adanorm),
+    "gradient_stabilizer": (oc.gradient_stabilizer, reference.gradient_stabilizer),
+    "normalize_by_running_norm": (oc.normalize_by_running_norm, reference.running_norm),
+    "automatic_clip": (oc.automatic_clip, lambda n: reference.by_formula(n, lambda n: n / (n + 0.01))),
+    "psac_clip": (oc.psac_clip, lambda n: reference.by_formula(n, lambda n: n / (n + 0.1 / (n + 0.1)))),
+    "delta_clip": (
+        oc.delta_clip,
+        lambda n: reference.by_formula(n, lambda n: n * min(1, max(1e-3, 0.1 / n)) if n else 0.0),
+    ),
+    "smooth_clip": (oc.smooth_clip, lambda n: reference.by_formula(n, lambda n: n / (1 + n))),
+    "smooth_clip, sqrt": (
+        lambda: oc.smooth_clip(2.0, kind="sqrt"),
+        lambda n: reference.by_formula(n, lambda n: 2 * n / np.hypot(2, n)),
+    ),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_golden_sequences_agree_with_the_equations(method):
+    """240 steps with noise, spikes, a NaN, an infinity, a zero and a rise, against NumPy in float64."""
+    make, expected = METHODS[method]
+    norms = golden(0, median=0.5)
+    out, _ = run(make(), norms)
+    np.testing.assert_allclose(out, expected(norms.astype(np.float64)), rtol=2e-5)
+
+
+def test_the_percentile_of_a_whole_run_is_within_two_percent():
+    """A histogram in fixed memory, for norms from 1e-12 to 1e12 and at every step."""
+    rng = np.random.default_rng(3)
+    for q, spread in ((10.0, 1.0), (50.0, 8.0), (99.0, 3.0)):
+        norms = np.clip(np.exp(spread * rng.normal(size=200)), 1e-12, 1e12).astype(np.float32)
+        _, limits = jax.lax.scan(
+            lambda state, n, q=q: _limit(oc.limits.percentile(q), state, n),
+            oc.clip_by_global_norm(oc.limits.percentile(q)).init({"x": jnp.zeros(1)}),
+            norms,
+        )
+        exact = [np.percentile(norms[: t + 1], q) for t in range(len(norms))]
+        # Between two ranks that are far apart, an error of 2 % in each end is one of 2 % in what is between.
+        np.testing.assert_allclose(limits[:, 0], exact, rtol=0.021)
+
+
+def _limit(limit, state, norm):
+    _, state = oc.clip_by_global_norm(limit).update({"x": norm[None]}, state)
+    return state, state.limit
+
+
+def test_adagc_follows_its_equations_for_several_leaves():
+    """The warm-up clips the whole update; then each leaf has a mean of its own."""
+    steps = np.stack([golden(1, 0.5), golden(2, 0.05)], axis=1)
+    tx = oc.adagc(warmup=50)
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
+
+    def step(state, norms):
+        grads = {"a": updates(norms[0], np.array([0.6, -0.8])), "b": updates(norms[1], np.array([1.0]))}
+        out, state = tx.update(grads, state)
+        return state, jnp.stack([jnp.linalg.norm(out["a"]), jnp.linalg.norm(out["b"])])
+
+    _, out = jax.lax.scan(step, tx.init(params), jnp.asarray(steps))
+    np.testing.assert_allclose(out, reference.adagc(steps, warmup=50), rtol=2e-5)
+
+
+ADAPTIVE = {
+    "percentile": lambda: oc.limits.percentile(50.0),
+    "percentile, window": lambda: oc.limits.percentile(50.0, window=8),
+    "mean_std": lambda: oc.limits.mean_std(2.0, window=8, warmup=4),
+    "ema": lambda: oc.limits.ema(1.5, decay=0.8),
+    "ema, warm-up": lambda: oc.limits.ema(1.5, decay=0.8, warmup=4, max_norm=2.0),
+    "zscore": lambda: oc.limits.zscore(2.0, warmup=4),
+    "zscore, mean": lambda: oc.limits.zscore(2.0, warmup=4, mode="mean"),
+    "quantile": lambda: oc.limits.quantile(),
+    "running_mean": lambda: oc.limits.running_mean(),
+    "running_rms": lambda: oc.limits.running_rms(),
+    "moment_ratio": lambda: oc.limits.moment_ratio(),
+    "after": lambda: oc.limits.after(3, oc.limits.ema(1.5), oc.limits.at_most(oc.limits.zscore(), 1.0)),
+}
+
+
+@pytest.mark.parametrize("limit", ADAPTIVE)
+def test_nothing_is_learned_from_nan_infinity_and_zero(limit):
+    """State and next limit are what they would be without such steps, for as many of them as come."""
+    tx = oc.clip_by_leafwise_norm(ADAPTIVE[limit]())
+    noise = np.exp(0.2 * np.random.default_rng(5).normal(size=(12, 2))).astype(np.float32)
+    bad = np.array([[np.nan, 0.0], [np.inf, np.nan], [0.0, -np.inf], [0.0, 0.0]] * 5, np.float32)
+
+    def learn(norms):
+        def step(state, norms):
+            _, state = tx.update({"a": norms[:1], "b": norms[1:]}, state)
+            return state, state.limit
+
+        return jax.lax.scan(step, tx.init({"a": jnp.zeros(1), "b": jnp.zeros(1)}), norms)
+
+    state, limits = learn(noise)
+    with_bad, limits_with_bad = learn(np.concatenate([noise[:6], bad, noise[6:]]))
+    chex.assert_trees_all_equal(with_bad.rule, state.rule)
+    np.testing.assert_array_equal(limits_with_bad[-6:], limits[-6:])
+    assert np.isfinite(limits[4:]).all() or "zscore" in limit or limit == "after"
+
+
+@pytest.mark.parametrize("limit", ADAPTIVE)
+def test_equal_norms_do_not_freeze_a_limit(limit):
+    """After many equal norms, where deviations are 0, ordinary ones come through again."""
+    noise = 0.3 * np.exp(0.3 * np.random.default_rng(7).normal(size=80))
+    out, _ = run(oc.rescale_by_norm(ADAPTIVE[limit]()), np.concatenate([np.full(60, 0.3), noise]))
+    assert (np.median(out[-40:] / noise[-40:])) > 0.9
+    if "zscore" in limit:
+        assert np.mean(out[-40:] < noise[-40:] * 0.999) < 0.4  # 0.5 where a limit sticks to the mean
+
+
+def test_zclip_is_unlimited_while_no_deviation_is_known():
+    """The authors' code takes any rise after equal norms for a spike, and clips all that follow."""
+    out, _ = run(oc.zclip(max_norm=None), np.concatenate([np.full(40, 0.3), np.full(40, 0.4)]))
+    np.testing.assert_allclose(out[40], 0.4, rtol=1e-6)
+
+
+def test_a_zero_in_the_warm_up_of_adagc_freezes_nothing():
+    norms = np.ones(40, np.float32)
+    norms[3] = 0
+    out, _ = run(oc.adagc(warmup=10, max_norm=10.0), norms)
+    np.testing.assert_allclose(out[10:], 1.0, rtol=1e-6)
+
+
+def test_aggc_groups_by_the_kind_of_module():
+    params = {
+        f"block_{k}": {"q_proj": {"kernel": jnp.ones(2)}, "out": {"kernel": jnp.ones(3)}} for k in range(2)
+    }
+    state = oc.aggc().init(params | {"scale": jnp.ones(1)})
+    assert state.norm.shape == (3,)
+
+
+ERRORS = [
+    (lambda: oc.limits.percentile(101.0), "limits.percentile: q is 101.0, among the numbers from 0 to 100."),
+    (lambda: oc.limits.percentile(50.0, window=0), "limits.percentile: window is 0, below 1."),
+    (lambda: oc.limits.mean_std(warmup=200), "limits.mean_std: warmup is 200, above the window of 128."),
+    (lambda: oc.limits.mean_std(-1.0), "limits.mean_std: k is -1.0"),
+    (lambda: oc.limits.ema(0.0), "limits.ema: slack is 0.0, among the numbers above 0."),
+    (lambda: oc.limits.ema(1.0, decay=1.5), "limits.ema: decay is 1.5, among the numbers from 0 to 1."),
+    (lambda: oc.limits.zscore(mode="median"), "limits.zscore: mode is 'median'. Pass one of 'reciprocal'"),
+    (lambda: oc.limits.zscore(warmup=1), "limits.zscore: warmup is 1, below 2."),
+    (lambda: oc.limits.quantile(2.0), "limits.quantile: target is 2.0"),
+    (lambda: oc.limits.running_mean(float("nan")), "limits.running_mean: decay is nan"),
+    (lambda: oc.limits.running_rms(eps=-1.0), "limits.running_rms: eps is -1.0"),
+    (lambda: oc.limits.moment_ratio(second=-0.1), "limits.moment_ratio: second is -0.1"),
+    (lambda: oc.responses.clip(2.0), "responses.clip: floor is 2.0, among the numbers from 0 to 1."),
+    (lambda: oc.responses.band(0.5, most_up=0.5), "responses.band: most_up is 0.5, among the numbers from 1"),
+    (lambda: oc.responses.psac(0.0), "responses.psac: r is 0.0, among the numbers above 0."),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), ERRORS)
+def test_numbers_out_of_range_are_named(call, message):
+    with pytest.raises(ValueError, match=message.replace(".", r"\.").replace("(", r"\(")):
+        call()
