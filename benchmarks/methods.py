@@ -18,7 +18,8 @@ class Method(NamedTuple):
     Attributes:
       name: what the command line and the tables call it.
       build: makes the transformation for a tree.
-      against: the Optax method for the same purpose; None for Optax's own and for no clipping.
+      against: the peer: the Optax method for the same purpose, or global clipping for adaptive limits; None
+        for Optax's own and for no clipping.
       needs_params: whether `update` reads parameters.
     """
 
@@ -55,6 +56,9 @@ ALL = {
         Method("leafwise", _leafwise, "optax_global"),
         Method("optax_adaptive", lambda tree: optax.adaptive_grad_clip(RATIO), needs_params=True),
         Method("adaptive", _adaptive, "optax_adaptive", needs_params=True),
+        Method("autoclip", lambda tree: oc.autoclip(), "global"),
+        Method("zclip", lambda tree: oc.zclip(), "global"),
+        Method("adagc", lambda tree: oc.adagc(groups=_each(tree, oc.groups.leaf())), "global"),
     )
 }
 
@@ -63,5 +67,7 @@ OURS = tuple(name for name, method in ALL.items() if method.against)
 
 def selected(names: list[str]) -> list[Method]:
     """The methods of these names with what they are compared with, in the order of `ALL`."""
-    wanted = {"none", *names, *(against for name in names if (against := ALL[name].against))}
+    wanted = {"none", *names}
+    while peers := {peer for name in wanted if (peer := ALL[name].against)} - wanted:
+        wanted |= peers
     return [method for name, method in ALL.items() if name in wanted]

@@ -27,7 +27,7 @@ def columns(suite: str) -> list[str]:
     """The heads of a suite's numbers."""
     if suite == "memory":
         return ["temporary", "target"]
-    return ["ms", "÷ Optax's", *["÷ no clipping"] * (suite == "step"), "target"]
+    return ["ms", "÷ peer's", *["÷ no clipping"] * (suite == "step"), "target"]
 
 
 def cells(row: Row) -> list[str]:

@@ -4,10 +4,11 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import methods, programs, results, suites, timing, trees
+from benchmarks import methods, programs, results, spikes, spikes_report, suites, timing, trees
 from benchmarks.__main__ import app
 
 PROMISED = {
@@ -133,3 +134,33 @@ def temporary():
 def test_temporary_memory_is_no_more_than_optaxs(temporary, program, dtype, name):
     """Neither a clipped AdamW step nor the clip alone needs more memory than with Optax's global clipping."""
     assert temporary(program, name, dtype) <= temporary(program, "optax_global", dtype) + results.SLACK
+
+
+def test_the_runs_with_spikes_are_compared_in_a_table_and_a_figure(tmp_path):
+    """Two methods on a tiny model: one does not survive the NaN, and the other does."""
+    page, picture = tmp_path / "page.md", tmp_path / "spikes.png"
+    options = ["--methods", "none,zclip", "--steps", "100", "--seeds", "1", "--width", "8", "--rounds", "1"]
+    files = ["--markdown", str(page), "--figure", str(picture)]
+    done = CliRunner().invoke(spikes.app, options + files, catch_exceptions=False, env={"COLUMNS": "120"})
+    assert done.exit_code == 0
+    lines = [line for line in page.read_text().splitlines() if line.startswith("| `")]
+    assert [line.split("`")[1] for line in lines] == ["zclip", "none"]
+    assert "| not finite |" in lines[1]
+    assert "| all |" in lines[1]
+    assert "not finite" not in lines[0]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_spikes_and_lost_steps_are_counted_from_the_losses():
+    """A loss far above the median before is a spike; steps are lost until the loss is back."""
+    losses = np.full(100, 2.0)
+    losses[60:64] = 3.0
+    assert spikes_report.spike_share(losses) == pytest.approx(4 / 75)
+    assert spikes_report.steps_lost(losses, 59) == 4
+    assert spikes_report.steps_lost(np.where(np.arange(100) > 59, np.nan, losses), 59) is None
+
+
+def test_an_unknown_method_is_an_error_that_lists_the_known():
+    done = CliRunner().invoke(spikes.app, ["--methods", "zlcip"], env={"COLUMNS": "400", "NO_COLOR": "1"})
+    assert done.exit_code == 2
+    assert "'zlcip' is none of none, clip_by_value" in done.output
