@@ -94,7 +94,9 @@ CLIPS: dict[str, Factory] = {
     "normalize_by_running_norm": lambda: oc.normalize_by_running_norm(**ZERO),
 }
 # Methods that are no clip in front of Adam: from the learning rate to the whole optimizer.
-WHOLE: dict[str, Callable[[float], optax.GradientTransformation]] = {}
+WHOLE: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "optax.apply_if_finite": lambda rate: optax.apply_if_finite(optax.adam(rate), 10**6),
+}
 NAMES = [*CLIPS, *WHOLE]
 
 
