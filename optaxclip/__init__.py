@@ -33,6 +33,7 @@ from optaxclip._named_adaptive import (
     zclip,
 )
 from optaxclip._named_soft import automatic_clip, delta_clip, psac_clip, smooth_clip
+from optaxclip._per_example import PerExampleState, clip_per_example, per_example_quantile
 from optaxclip._rescale import RescaleState, group_norms, rescale_by_norm, rescale_tree
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ __all__ = [
     "Limit",
     "Member",
     "Norm",
+    "PerExampleState",
     "RescaleState",
     "Response",
     "Stats",
@@ -64,6 +66,7 @@ __all__ = [
     "clip_by_leafwise_norm",
     "clip_by_unitwise_norm",
     "clip_by_value",
+    "clip_per_example",
     "delta_clip",
     "describe",
     "gradient_stabilizer",
@@ -75,6 +78,7 @@ __all__ = [
     "normalize_by_layerwise_norm",
     "normalize_by_running_norm",
     "norms",
+    "per_example_quantile",
     "psac_clip",
     "quantile_clip",
     "rescale_by_norm",
