@@ -6,6 +6,16 @@ and multiply each group by what the response (`responses`) says.
 
 from optaxclip import groups, limits, norms, responses
 from optaxclip._base import Context, Groups, Leaf, Limit, Member, Norm, Response, Stats, Table
+from optaxclip._carry import CarryState, carry_clipped
+from optaxclip._centralize import centralize
+from optaxclip._coordinate import (
+    ACClipState,
+    AdaptiveValueClipState,
+    MaskSpikesState,
+    acclip,
+    adaptive_value_clip,
+    mask_spikes,
+)
 from optaxclip._describe import describe
 from optaxclip._elementwise import ClipByValueState, clip_by_value
 from optaxclip._metrics import metrics
@@ -35,28 +45,48 @@ from optaxclip._named_adaptive import (
 from optaxclip._named_soft import automatic_clip, delta_clip, psac_clip, smooth_clip
 from optaxclip._per_example import PerExampleState, clip_per_example, per_example_quantile
 from optaxclip._rescale import RescaleState, group_norms, rescale_by_norm, rescale_tree
+from optaxclip._reset import ResetMomentumState, reset_momentum
+from optaxclip._skip import SkipState, skip_updates
+from optaxclip._trust import (
+    ScaleByStableAdamState,
+    lamb_trust_ratio,
+    larc,
+    scale_by_stable_adam,
+    stable_adamw,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ACClipState",
+    "AdaptiveValueClipState",
+    "CarryState",
     "ClipByValueState",
     "Context",
     "Groups",
     "Leaf",
     "Limit",
+    "MaskSpikesState",
     "Member",
     "Norm",
     "PerExampleState",
     "RescaleState",
+    "ResetMomentumState",
     "Response",
+    "ScaleByStableAdamState",
+    "SkipState",
     "Stats",
     "Table",
+    "acclip",
     "adagc",
     "adanorm",
     "adaptive_grad_clip",
+    "adaptive_value_clip",
     "aggc",
     "autoclip",
     "automatic_clip",
+    "carry_clipped",
+    "centralize",
     "clip_by_adaptive_quantile",
     "clip_by_block_rms",
     "clip_by_global_norm",
@@ -72,7 +102,10 @@ __all__ = [
     "gradient_stabilizer",
     "group_norms",
     "groups",
+    "lamb_trust_ratio",
+    "larc",
     "limits",
+    "mask_spikes",
     "metrics",
     "normalize_by_global_norm",
     "normalize_by_layerwise_norm",
@@ -83,7 +116,11 @@ __all__ = [
     "quantile_clip",
     "rescale_by_norm",
     "rescale_tree",
+    "reset_momentum",
     "responses",
+    "scale_by_stable_adam",
+    "skip_updates",
     "smooth_clip",
+    "stable_adamw",
     "zclip",
 ]

@@ -1,5 +1,6 @@
 """What no factor per group can express: clipping entry by entry."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import optax
 from optaxclip import _checks
 from optaxclip._base import PyTree
 from optaxclip._partition import partition
+from optaxclip._read import times
 from optaxclip.groups import whole
 
 
@@ -28,21 +30,28 @@ class ClipByValueState(NamedTuple):
     nonfinite: jax.Array
 
 
-def clip_by_value(max_delta: float | jax.Array) -> optax.GradientTransformationExtraArgs:
+def clip_by_value(
+    max_delta: float | jax.Array | Callable[[Any], Any],
+) -> optax.GradientTransformationExtraArgs:
     """Clips every entry to `[-max_delta, max_delta]`, as `optax.clip` does. It changes the direction.
 
     Infinite entries become the bound, NaN stays NaN; both are counted in the state. Of complex entries the
     modulus is clipped. Dtypes are kept. Leaves that are not floating point or complex pass through.
 
     Args:
-      max_delta: the bound, a number or an array of shape `()`, not negative.
+      max_delta: the bound: a number or an array of shape `()`, not negative, or a schedule, a function from
+        the number of updates that came before to one of these.
 
     Returns:
       A transformation with a `ClipByValueState`.
 
     Raises:
-      TypeError: if `max_delta` is neither.
+      TypeError: if `max_delta` is none of these.
       ValueError: if it is a negative or NaN number.
+
+    References:
+      With the schedule `lambda step: (step + 1) ** 0.25`, behind a division by the root of the second moment:
+      Taniguchi et al., [ADOPT](https://arxiv.org/abs/2411.02853), 2024.
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> tx = oc.clip_by_value(1.0)
@@ -50,8 +59,16 @@ def clip_by_value(max_delta: float | jax.Array) -> optax.GradientTransformationE
     >>> updates, state = tx.update(grads, tx.init(grads))
     >>> print(updates["w"], state.share)
     [ 1.  -0.5] 0.5
+
+    A bound that grows with the steps, as in ADOPT:
+
+    >>> tx = oc.clip_by_value(lambda step: (step + 1) ** 0.25)
+    >>> state = tx.init(grads)._replace(step=jnp.int32(15))
+    >>> print(tx.update(grads, state)[0]["w"])
+    [ 2.  -0.5]
     """
-    _checks.nonnegative("clip_by_value", max_delta=max_delta)
+    if not callable(max_delta):
+        _checks.nonnegative("clip_by_value", max_delta=max_delta)
 
     def init(params: PyTree) -> ClipByValueState:
         del params
@@ -61,7 +78,8 @@ def clip_by_value(max_delta: float | jax.Array) -> optax.GradientTransformationE
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
         del params, extra_args
         part = partition(whole(), updates)
-        bound = jnp.maximum(jnp.asarray(max_delta), 0)
+        bound = jnp.asarray(max_delta(state.step) if callable(max_delta) else max_delta)
+        bound = jnp.maximum(bound, 0)
         leaves, entries = list(part.leaves), 0
         over, bad = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.bool)
         for k, place in enumerate(part.places):
@@ -89,6 +107,6 @@ def _clip(leaf: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
     bound = bound.astype(modulus.dtype)
     outside = modulus > bound
     if jnp.iscomplexobj(leaf):
-        unit = leaf / jnp.where(outside & jnp.isfinite(modulus), modulus, 1)
-        return jnp.where(outside, unit * bound, leaf), outside
+        by = bound / jnp.where(outside & jnp.isfinite(modulus), modulus, 1)
+        return jnp.where(outside, times(leaf, by), leaf), outside
     return jnp.clip(leaf, -bound, bound), outside

@@ -117,7 +117,7 @@ def _times(leaf: jax.Array, first: jax.Array, then: jax.Array, drop: bool) -> ja
     product = times(times(widen(leaf, real), first.astype(real)), then.astype(real)).astype(leaf.dtype)
     if drop:
         product = jnp.where(then == 0, jnp.zeros_like(product), product)
-    return lax.select(jnp.broadcast_to(then != 1, leaf.shape), product, leaf)
+    return jnp.where(then != 1, product, leaf)
 
 
 def _apart(

@@ -371,6 +371,16 @@ def test_the_modulus_of_complex_entries_is_measured():
     np.testing.assert_allclose(out, [0.6 + 0.8j, 0], rtol=1e-6)
 
 
+def test_clipping_by_value_clips_the_modulus_of_complex_entries():
+    """The angle stays, and the dtype."""
+    tx = oc.clip_by_value(2.5)
+    grads = jnp.array([3 + 4j, 0.3 - 0.4j], jnp.complex64)
+    out, state = tx.update(grads, tx.init(grads))
+    np.testing.assert_allclose(out, [1.5 + 2j, 0.3 - 0.4j], rtol=1e-6)
+    assert out.dtype == jnp.complex64
+    assert state.share == 0.5
+
+
 @pytest.mark.parametrize("norm", [0.5, 0.9999995, 1.0, 2.0, 1e6])
 def test_eps_gives_the_numbers_of_pytorch(norm):
     """`clip_grad_norm_` multiplies by min(1, max_norm / (norm + 1e-6))."""

@@ -1,0 +1,118 @@
+"""Gradients without their mean."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip import groups as _groups
+from optaxclip._base import Leaf, PyTree
+from optaxclip._partition import is_grouped, named_leaves, partition
+from optaxclip._read import times
+from optaxclip._walk import (
+    number,
+    real_dtype,
+    together,
+    walk,
+)
+
+Axes = int | Sequence[int]
+
+
+def centralize(axis: Axes | Mapping[str, Axes] | None = None) -> optax.GradientTransformationExtraArgs:
+    r"""Subtracts from each output unit of each array the mean of its entries: gradient centralisation.
+
+    By default the mean runs over these axes, all but the outputs of JAX's layouts, as in `groups.unit`:
+
+    | rank | layout | mean over |
+    | --- | --- | --- |
+    | 0, 1 | scale, bias | nothing: left alone, whatever `axis` says |
+    | 2 | dense `(in, out)` | 0 |
+    | 3 | attention `(model, heads, head)` | 0 |
+    | 4 to 6 | convolution `HWIO`, or any with outputs last | all but the last |
+
+    Where a mean would be that of one entry, as in a dense layer with one input, the array is left alone: it
+    would be zeros at every step. The mean is taken in float32 (float64 for such leaves) and dtypes are kept.
+    A NaN or an infinity makes its unit NaN. There is no state. Inside `shard_map` a device sees its own part
+    of an array only; under `jit` nothing is needed.
+
+    Args:
+      axis: the axes that the mean runs over, for all arrays of rank 2 or more, negative ones counted from the
+        end; or a dict from pattern to axes, where the first pattern found in the path wins and the rest gets
+        the default. PyTorch's and Equinox's `(out, in)` need `axis=1`; no axes, `()`, leave an array alone.
+
+    Returns:
+      A transformation with an `optax.EmptyState`.
+
+    Raises:
+      TypeError: if an axis is not an integer, or a pattern not a str.
+      ValueError: if a pattern does not compile; in `init`, if an axis is out of range or a rank above 6 has
+        no axes.
+
+    References:
+      Yong et al., [Gradient Centralization](https://arxiv.org/abs/2004.01461), 2020. `optax.centralize` means
+      over all axes but the first, which are outputs in JAX's layouts.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> tx = oc.centralize()
+    >>> grads = {"kernel": jnp.array([[1.0, 5.0], [3.0, 6.0]]), "bias": jnp.array([1.0, 5.0])}
+    >>> updates, state = tx.update(grads, tx.init(grads))
+    >>> print(updates["kernel"].tolist(), updates["bias"])
+    [[-1.0, -0.5], [1.0, 0.5]] [1. 5.]
+    """
+    where = "centralize"
+    by_pattern = axis if isinstance(axis, Mapping) else {"": axis}
+    rules = [
+        (_groups._compiled(where, pattern), _groups._axes(where, axes))
+        for pattern, axes in by_pattern.items()
+    ]
+
+    def axes_of(leaf: Leaf) -> tuple[int, ...]:
+        rank = len(leaf.shape)
+        if rank < 2:
+            return ()
+        axes = next((axes for pattern, axes in rules if pattern.search(leaf.path)), None)
+        if axes is None and rank not in _groups._UNIT_AXES:
+            raise ValueError(
+                f"{where}: leaf {leaf.path!r} has rank {rank}, shape {leaf.shape}; the default knows ranks 0 "
+                "to 6. Pass axis={pattern: axes} for it."
+            )
+        axes = _groups._UNIT_AXES[rank] if axes is None else axes
+        for a in axes:
+            if not -rank <= a < rank:
+                raise ValueError(
+                    f"{where}: axis {a} is out of range at leaf {leaf.path!r}, which has shape {leaf.shape}. "
+                    "Pass axes by pattern."
+                )
+        return tuple(a % rank for a in axes)
+
+    def init(params: PyTree) -> optax.EmptyState:
+        for leaf in named_leaves(params):
+            if is_grouped(leaf):
+                axes_of(leaf)
+        return optax.EmptyState()
+
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
+        del params, extra_args
+        paths = partition(_groups.whole(), updates).paths
+
+        def rule(leaf: jax.Array, k: int):
+            return _centred(leaf, axes_of(Leaf(paths[k], (), leaf))), (), None
+
+        walked = walk(where, _groups.whole(), updates, (), rule)
+        return together(walked.part, walked.made), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _centred(leaf: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    count = math.prod(leaf.shape[a] for a in axes)
+    if count == 1:
+        return leaf
+    least = 2.0 ** -math.ceil(math.log2(count))  # a power of two, so that a sum does not overflow
+    real = real_dtype(leaf)
+    total = jnp.sum(times(leaf, number(least, real)), axis=axes, keepdims=True)
+    return leaf - times(total, number(1 / (least * count), real))
