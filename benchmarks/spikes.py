@@ -92,10 +92,33 @@ CLIPS: dict[str, Factory] = {
     "adanorm": lambda: oc.adanorm(**ZERO),
     "gradient_stabilizer": lambda: oc.gradient_stabilizer(**ZERO),
     "normalize_by_running_norm": lambda: oc.normalize_by_running_norm(**ZERO),
+    "carry_clipped": lambda: oc.carry_clipped(oc.clip_by_global_norm(LIMIT, **ZERO)),
+    "mask_spikes": oc.mask_spikes,
+    "adaptive_value_clip": oc.adaptive_value_clip,
+    "centralize": oc.centralize,
 }
-# Methods that are no clip in front of Adam: from the learning rate to the whole optimizer.
+# Methods that are no clip in front of Adam: from its learning rate to the whole optimizer. Those that take
+# the place of Adam have a learning rate of their own, since their steps are of another size.
 WHOLE: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "optax.apply_if_finite": lambda rate: optax.apply_if_finite(optax.adam(rate), 10**6),
+    "skip_updates": lambda rate: oc.skip_updates(optax.adam(rate)),
+    "skip_updates_each": lambda rate: oc.skip_updates(optax.adam(rate), groups=oc.groups.layer(), each=True),
+    "skip_updates_both": lambda rate: oc.skip_updates(optax.adam(rate), watch="both"),
+    "stable_adamw": lambda rate: oc.stable_adamw(rate, weight_decay=0.0, **ZERO),
+    "reset_momentum": lambda rate: oc.reset_momentum(
+        optax.chain(oc.clip_by_global_norm(LIMIT, **ZERO), optax.adam(rate)), 200, 50
+    ),
+    "stable_spam": lambda rate: optax.chain(
+        oc.adaptive_value_clip(), oc.gradient_stabilizer(**ZERO), oc.reset_momentum(optax.adam(rate), 200, 50)
+    ),
+    "lamb_trust_ratio": lambda rate: optax.chain(
+        oc.clip_by_global_norm(LIMIT, **ZERO),
+        optax.scale_by_adam(),
+        oc.lamb_trust_ratio(),
+        optax.scale(-rate),
+    ),
+    "larc": lambda rate: optax.chain(oc.larc(1.0, **ZERO), optax.sgd(1.0, momentum=0.9)),
+    "acclip": lambda rate: optax.chain(oc.acclip(), optax.sgd(1.0)),
 }
 NAMES = [*CLIPS, *WHOLE]
 
@@ -154,17 +177,17 @@ def train(name: str, setting: Setting, runs: Inputs, params: Params) -> tuple[np
 
 def acted(state: Any, setting: Setting) -> float | None:
     """In which share of the steps the method changed or dropped an update; None where no state tells."""
-    shares = []
-    for seed in range(setting.seeds):
-        own = jax.tree.map(lambda x: x[seed], state)  # noqa: B023
-        value, skip = optax.tree.get(own, "ClipByValueState"), optax.tree.get(own, "SkipState")
-        if value is not None:
-            shares.append(float(value.clipped) / setting.steps)
-        elif skip is not None:
-            shares.append(float(skip.total) / setting.steps)
-        elif optax.tree.get(own, "RescaleState") is not None:
-            shares.append(float(oc.metrics(own)["clip/clipped_fraction/whole"]))
-    return float(np.mean(shares)) if shares else None
+
+    def tells(x: Any) -> bool:
+        return isinstance(x, oc.ClipByValueState | oc.SkipState | oc.RescaleState)
+
+    found = next(filter(tells, jax.tree.leaves(state, is_leaf=tells)), None)
+    if found is None:
+        return None
+    counts = found.whole if isinstance(found, oc.RescaleState) else found
+    return (
+        float(np.mean(counts.total if isinstance(counts, oc.SkipState) else counts.clipped)) / setting.steps
+    )
 
 
 def costs(names: list[str], setting: Setting, runs: Inputs, params: Params, rounds: int) -> dict[str, float]:
