@@ -96,6 +96,9 @@ CLIPS: dict[str, Factory] = {
     "mask_spikes": oc.mask_spikes,
     "adaptive_value_clip": oc.adaptive_value_clip,
     "centralize": oc.centralize,
+    "clip_by_spectral_norm": lambda: oc.clip_by_spectral_norm(0.2, **ZERO),
+    "clip_singular_values": lambda: oc.clip_singular_values(0.2, **ZERO),
+    "soft_clip_singular_values": lambda: oc.soft_clip_singular_values(0.2, **ZERO),
 }
 # Methods that are no clip in front of Adam: from its learning rate to the whole optimizer. Those that take
 # the place of Adam have a learning rate of their own, since their steps are of another size.

@@ -18,6 +18,7 @@ from optaxclip._coordinate import (
 )
 from optaxclip._describe import describe
 from optaxclip._elementwise import ClipByValueState, clip_by_value
+from optaxclip._matrices import SpectralState
 from optaxclip._metrics import metrics
 from optaxclip._named import (
     adaptive_grad_clip,
@@ -47,6 +48,7 @@ from optaxclip._per_example import PerExampleState, clip_per_example, per_exampl
 from optaxclip._rescale import RescaleState, group_norms, rescale_by_norm, rescale_tree
 from optaxclip._reset import ResetMomentumState, reset_momentum
 from optaxclip._skip import SkipState, skip_updates
+from optaxclip._spectral import clip_by_spectral_norm, clip_singular_values, soft_clip_singular_values
 from optaxclip._trust import (
     ScaleByStableAdamState,
     lamb_trust_ratio,
@@ -75,6 +77,7 @@ __all__ = [
     "Response",
     "ScaleByStableAdamState",
     "SkipState",
+    "SpectralState",
     "Stats",
     "Table",
     "acclip",
@@ -94,9 +97,11 @@ __all__ = [
     "clip_by_historical_norm",
     "clip_by_layerwise_norm",
     "clip_by_leafwise_norm",
+    "clip_by_spectral_norm",
     "clip_by_unitwise_norm",
     "clip_by_value",
     "clip_per_example",
+    "clip_singular_values",
     "delta_clip",
     "describe",
     "gradient_stabilizer",
@@ -121,6 +126,7 @@ __all__ = [
     "scale_by_stable_adam",
     "skip_updates",
     "smooth_clip",
+    "soft_clip_singular_values",
     "stable_adamw",
     "zclip",
 ]

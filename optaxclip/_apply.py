@@ -84,7 +84,7 @@ def apply(
     after = jnp.where(usable, _norm_after(found, made, table, options.norm), bad)
     factor = jnp.where(usable, made.factor, bad)
     stats = Stats(norm, after, limit, factor, usable & (factor != 1), ~finite)
-    return Applied(leaves, _reported(stats), _reported(_whole(stats, table, options.norm)), rule_state)
+    return Applied(leaves, reported(stats), reported(whole_of(stats, table, options.norm)), rule_state)
 
 
 def table_of(part: Partition, options: Options) -> Table:
@@ -144,7 +144,8 @@ def _norm_after(found: Measured, made: Factors, table: Table, norm: Norm) -> jax
     return jnp.where(made.factor == 1, found.norm, merge(norm, parts, table.sizes[:, None], table.sizes))
 
 
-def _whole(stats: Stats, table: Table, norm: Norm) -> Stats:
+def whole_of(stats: Stats, table: Table, norm: Norm) -> Stats:
+    """The statistics of the whole update, from those of its rows."""
     norms = jnp.stack([stats.norm, stats.norm_after, stats.limit])
     before, after, limit = merge(norm, norms, table.sizes)
     some = (before > 0) & jnp.isfinite(before)
@@ -153,7 +154,7 @@ def _whole(stats: Stats, table: Table, norm: Norm) -> Stats:
     return Stats(before, after, limit, ratio, clipped, nonfinite)
 
 
-def _reported(stats: Stats) -> Stats:
+def reported(stats: Stats) -> Stats:
     """In the dtypes of the state: float32, at most its largest number unless infinite; int32 for counts."""
     largest = float(jnp.finfo(jnp.float32).max)
 

@@ -75,6 +75,7 @@ class Norm(NamedTuple):
       close: from the combined partial result and the number of entries, to the norm.
       open: the inverse of `close`.
       degree: the power with which partial results grow.
+      shaped: whether the shape of a leaf matters, so that leaves must not be flattened to be read together.
     """
 
     measure: Callable[[Array, tuple[int, ...]], Array]
@@ -82,6 +83,7 @@ class Norm(NamedTuple):
     close: Callable[[Array, Any], Array]
     open: Callable[[Array, Any], Array]
     degree: float
+    shaped: bool = False
 
 
 class Table(NamedTuple):

@@ -70,7 +70,8 @@ def measure(
     rows, count = len(sizes), np.asarray(sizes, dtype)
     parts = 1 + any(not place.scaled for place in places)
     # Leaves that are measured but not scaled have rows of their own, behind the others.
-    blocks = blocks_of(leaves, [place.first + rows * (not place.scaled) for place in places], places)
+    firsts = [place.first + rows * (not place.scaled) for place in places]
+    blocks = blocks_of(leaves, firsts, places, norm.shaped)
 
     def across(
         own: Sequence[Block], combine: Combine, of: Callable[[Sequence[Block]], jax.Array]

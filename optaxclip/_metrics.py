@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from optaxclip import _checks, groups as _groups, norms as _norms
 from optaxclip._base import Groups, Norm, PyTree, Stats, Table
+from optaxclip._matrices import SpectralState
 from optaxclip._measure import merge
 from optaxclip._partition import partition
 from optaxclip._rescale import RescaleState
@@ -44,9 +45,9 @@ def metrics(
     are asked for; without them only the whole is reported.
 
     Args:
-      opt_state: the state of a `rescale_by_norm`, or any state that holds one: of `optax.chain`, `masked`,
-        `partition`, `MultiSteps`, `inject_hyperparams`. If it holds several, their prefixes are
-        `clip_0`, `clip_1` and so on.
+      opt_state: the state of a `rescale_by_norm` or of a spectral method, or any state that holds one: of
+        `optax.chain`, `masked`, `partition`, `MultiSteps`, `inject_hyperparams`. If it holds several, their
+        prefixes are `clip_0`, `clip_1` and so on.
       params: the tree that `init` was given: parameters, updates or `jax.ShapeDtypeStruct`. Behind
         `optax.masked` that is the masked tree.
       groups: the groups that the transformation was given, or a list with one for each state.
@@ -92,11 +93,11 @@ def metrics(
 
 
 def _is_state(x: Any) -> bool:
-    return isinstance(x, RescaleState)
+    return isinstance(x, RescaleState | SpectralState)
 
 
 def _of_state(
-    state: RescaleState, params: PyTree, groups: Groups, norm: Norm, expand: int
+    state: RescaleState | SpectralState, params: PyTree, groups: Groups, norm: Norm, expand: int
 ) -> dict[tuple[str, str], Any]:
     xp = jnp
     if not any(isinstance(x, Tracer) for x in jax.tree.leaves(state)):
@@ -116,7 +117,7 @@ def _of_state(
     return found | {(statistic, "whole"): x for statistic, x in _columns(state.whole, step).items()}
 
 
-def _table(state: RescaleState, params: PyTree, groups: Groups) -> Table:
+def _table(state: RescaleState | SpectralState, params: PyTree, groups: Groups) -> Table:
     """The table of the groups, checked against the state."""
     table = partition(groups, params).table
     if state.norm.shape != (len(table.names),):

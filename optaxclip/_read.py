@@ -43,11 +43,13 @@ class Block(NamedTuple):
         return tuple(size for axis, size in enumerate(self.array.shape) if axis not in self.reduced)
 
 
-def blocks_of(leaves: Sequence[jax.Array], firsts: Sequence[int], places: Sequence[Place]) -> list[Block]:
-    """The leaves, small ones of equal size merged; `firsts` has the first row of each."""
+def blocks_of(
+    leaves: Sequence[jax.Array], firsts: Sequence[int], places: Sequence[Place], shaped: bool
+) -> list[Block]:
+    """The leaves, small ones of equal size merged unless `shaped`; `firsts` has the first row of each."""
     blocks, small = [], collections.defaultdict(list)
     for leaf, first, place in zip(leaves, firsts, places, strict=True):
-        if not place.axes and leaf.size <= SMALL and not _mesh.has_mesh(leaf):
+        if not (shaped or place.axes or leaf.size > SMALL or _mesh.has_mesh(leaf)):
             small[leaf.size, leaf.dtype].append((leaf, first))
             continue
         count = math.prod(leaf.shape[axis] for axis in place.axes)

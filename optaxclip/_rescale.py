@@ -43,14 +43,15 @@ class RescaleState(NamedTuple):
     whole: Stats
 
 
-def _blank(shape: tuple[int, ...]) -> Stats:
+def blank(shape: tuple[int, ...]) -> Stats:
     """Statistics before the first update; each in a buffer of its own, so that all can be donated."""
     norms = [jnp.zeros(shape, jnp.float32) for _ in range(3)]
     counts = [jnp.zeros(shape, jnp.int32) for _ in range(2)]
     return Stats(norms[0], norms[1], norms[2], jnp.ones(shape, jnp.float32), counts[0], counts[1])
 
 
-def _counted(stats: Stats, before: "Stats | RescaleState") -> Stats:
+def counted(stats: Stats, before: "Stats | RescaleState") -> Stats:
+    """The statistics, with counts that go on from those before."""
     return stats._replace(
         clipped=before.clipped + stats.clipped, nonfinite=before.nonfinite + stats.nonfinite
     )
@@ -109,8 +110,8 @@ def rescale_by_norm(
         return RescaleState(
             step=jnp.zeros((), jnp.int32),
             rule=rule.init(table),
-            whole=_blank(()),
-            **_blank((len(table.names),))._asdict(),
+            whole=blank(()),
+            **blank((len(table.names),))._asdict(),
         )
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
@@ -130,8 +131,8 @@ def rescale_by_norm(
             step=step,
             # The state keeps its dtypes, whatever a limit computes in.
             rule=jax.tree.map(lambda new, old: new.astype(old.dtype), done.rule, state.rule),
-            whole=_counted(done.whole, state.whole),
-            **_counted(done.stats, state)._asdict(),
+            whole=counted(done.whole, state.whole),
+            **counted(done.stats, state)._asdict(),
         )
         return jax.tree.unflatten(part.treedef, done.leaves), new
 
@@ -189,7 +190,7 @@ def rescale_tree(
     if jax.tree.leaves(state):
         raise TypeError(f"{where}: the limit remembers earlier norms. Use it in rescale_by_norm.")
     if not part.table.names:
-        return tree, _blank((0,))
+        return tree, blank((0,))
     done = apply(rule, jnp.asarray(step, jnp.int32), state, part, params, options)
     return jax.tree.unflatten(part.treedef, done.leaves), done.stats
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from optaxclip import _checks
 from optaxclip._base import Norm
+from optaxclip._singular import spectral
 
-__all__ = ["l1", "l2", "linf", "lp", "rms"]
+__all__ = ["l1", "l2", "linf", "lp", "rms", "spectral"]
 
 
 def _abs_squared(x):

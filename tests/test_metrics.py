@@ -90,3 +90,15 @@ def test_clipping_by_value_counts_entries_and_steps():
     assert (state.step, state.clipped, state.nonfinite) == (3, 1, 1)
     _, state = tx.update(GRADS, state)
     assert state.share == 0.25
+
+
+def test_metrics_read_the_states_of_spectral_methods():
+    """Every matrix is a group: of the leaf, or of one layer of a stacked leaf."""
+    grads = {"w": jnp.diag(jnp.array([3.0, 4.0])), "stack": jnp.stack([jnp.eye(2), 2 * jnp.eye(2)])}
+    tx = optax.chain(oc.clip_singular_values(2.5, stacked="stack"), optax.sgd(0.1))
+    _, state = tx.update(grads, tx.init(grads))
+    groups = oc.groups.stacked(oc.groups.leaf(), "stack")
+    found = oc.metrics(state, grads, groups, norm=oc.norms.spectral())
+    norms = [found[f"clip/norm_before/{name}"] for name in ("w", "stack[0]", "stack[1]", "whole")]
+    np.testing.assert_allclose(norms, [4, 1, 2, 4], rtol=1e-5)
+    assert found["clip/norm_after/w"] == pytest.approx(2.5)
