@@ -39,6 +39,7 @@ def checked(
     _checks.nonnegative(where, eps=eps)
     _checks.one_of(where, ("propagate", "zero"), nonfinite=nonfinite)
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    (eps,) = _checks.real(eps)
     return Options(groups, norm, response, eps, nonfinite, names)
 
 
@@ -103,7 +104,7 @@ def table_of(part: Partition, options: Options) -> Table:
 def measured(part: Partition, leaves: Sequence[Any], table: Table, options: Options) -> Measured:
     """Measures the rows of a partition, on its own leaves or on others of the same shapes."""
     chosen = {k: place for k, place in enumerate(part.places) if place is not None and place.measured}
-    wide = any(jnp.finfo(part.leaves[k].dtype).bits == 64 for k in chosen)
+    wide = any(jnp.finfo(jax.dtypes.canonicalize_dtype(part.leaves[k].dtype)).bits == 64 for k in chosen)
     return measure(
         [jnp.asarray(leaves[k]) for k in chosen],
         places=tuple(chosen.values()),

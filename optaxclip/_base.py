@@ -140,7 +140,8 @@ class Response(NamedTuple):
 
     Attributes:
       factor: from the norms and the limits, both of shape `(rows,)`, to the factors. The norms are
-        positive; the engine deals with zero, infinite and NaN norms.
+        positive; the engine deals with zero, infinite and NaN norms. Norms beyond the dtype's range are given
+        at another scale, and so are their limits; a factor far below 1 has to grow with the limit.
     """
 
     factor: Callable[[Array, Array], Array]

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 NO_PARAMS = (
@@ -16,6 +17,11 @@ NO_PARAMS = (
 def is_number(value: Any) -> bool:
     """Whether `value` is known now: a Python or NumPy number rather than an array or a tracer."""
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def real(*values: Any) -> list[Any]:
+    """The values, arrays as real ones: `optax.inject_hyperparams` makes them complex where parameters are."""
+    return [jnp.real(value) if isinstance(value, jax.Array) else value for value in values]
 
 
 def numeric(where: str, **arguments: Any) -> None:

@@ -274,7 +274,7 @@ def _joined(vectors: Sequence[jax.Array]) -> jax.Array:
 
 def _together(part: Partition, found: Mapping[int, Found]) -> Measured:
     """The largest singular values of all matrices, by row."""
-    wide = any(jnp.finfo(part.leaves[k].dtype).bits == 64 for k in found)
+    wide = any(jnp.finfo(jax.dtypes.canonicalize_dtype(part.leaves[k].dtype)).bits == 64 for k in found)
     order = sorted(found, key=lambda k: _place(part, k).first)
     columns = ([getattr(found[k], field) for k in order] for field in ("size", "scale", "peak"))
     dtype = jnp.float64 if wide else jnp.float32

@@ -36,7 +36,7 @@ def metrics(
     | `norm_before` | the norm that came in, before anything was scaled |
     | `norm_after` | the norm that went out |
     | `limit` | the limit it was held against; for the whole, the norm that the groups' limits add up to |
-    | `factor` | `norm_after` over `norm_before` |
+    | `factor` | what the group was multiplied by; for the whole, `norm_after` over `norm_before` |
     | `clipped_fraction` | in which share of all steps the factor was not 1; for the whole, of any group |
     | `nonfinite_count` | in how many steps the norm was NaN or infinite |
 
@@ -49,7 +49,8 @@ def metrics(
         `optax.chain`, `masked`, `partition`, `MultiSteps`, `inject_hyperparams`. If it holds several, their
         prefixes are `clip_0`, `clip_1` and so on.
       params: the tree that `init` was given: parameters, updates or `jax.ShapeDtypeStruct`. Behind
-        `optax.masked` that is the masked tree.
+        `optax.masked` and `optax.partition` that is the masked tree, with `optax.MaskedNode()` in place of
+        what is left out; of a partition, pass the state of one part, `state.inner_states[label]`.
       groups: the groups that the transformation was given, or a list with one for each state.
       norm: the norm that it was given.
       prefix: the first part of every key.
@@ -78,7 +79,7 @@ def metrics(
     if not states:
         raise ValueError(
             f"{where}: no RescaleState in a state of type {type(opt_state).__name__}. Pass the state of an "
-            "optimizer with one of optaxclip's transformations in it."
+            "optimizer with rescale_by_norm, or a method made of it, or a spectral method in it."
         )
     each = [groups] * len(states) if isinstance(groups, Groups) else list(groups)
     if len(each) != len(states):
@@ -114,7 +115,8 @@ def _of_state(
             else:
                 for row in range(first, first + count):
                     found |= {(statistic, table.names[row]): x[row] for statistic, x in stats.items()}
-    return found | {(statistic, "whole"): x for statistic, x in _columns(state.whole, step).items()}
+    found |= {(statistic, "whole"): x for statistic, x in _columns(state.whole, step).items()}
+    return found if xp is jnp else {key: np.asarray(value)[()] for key, value in found.items()}
 
 
 def _table(state: RescaleState | SpectralState, params: PyTree, groups: Groups) -> Table:

@@ -38,6 +38,7 @@ def running_mean(decay: float | jax.Array = 0.95) -> Limit:
     [5.]
     """
     _checks.within("limits.running_mean", 0, 1, decay=decay)
+    (decay,) = _checks.real(decay)
 
     def learn(norm: jax.Array, mean: PyTree, ctx: Context) -> PyTree:
         del ctx
@@ -81,6 +82,7 @@ def running_rms(decay: float | jax.Array = 0.25, *, eps: float | jax.Array = 1e-
     where = "limits.running_rms"
     _checks.within(where, 0, 1, decay=decay)
     _checks.nonnegative(where, eps=eps)
+    decay, eps = _checks.real(decay, eps)
 
     def learn(norm: jax.Array, rms: PyTree, ctx: Context) -> PyTree:
         del ctx
@@ -134,6 +136,7 @@ def moment_ratio(
     where = "limits.moment_ratio"
     _checks.within(where, 0, 1, first=first, second=second)
     _checks.nonnegative(where, eps=eps)
+    first, second, eps = _checks.real(first, second, eps)
 
     def init(rows: int) -> PyTree:
         return full(rows, 0), full(rows, 0), full(rows, 0)

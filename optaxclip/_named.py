@@ -1,12 +1,12 @@
 """Published methods by name, each one return statement. `docs/methods.md` has them in one table."""
 
-from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import optax
 
-from optaxclip import groups as _groups, limits, norms, responses
+from optaxclip import _checks, groups as _groups, limits, norms, responses
 from optaxclip._apply import AxisName, Nonfinite
 from optaxclip._base import Groups
 from optaxclip._rescale import rescale_by_norm
@@ -228,7 +228,7 @@ def clip_by_block_rms(
 
 
 def adaptive_grad_clip(
-    clipping: LimitLike,
+    clipping: float | jax.Array | Callable[[Any], Any],
     eps: float | jax.Array = 1e-3,
     axis: Axis = None,
     *,
@@ -274,6 +274,9 @@ def adaptive_grad_clip(
     """
     if groups is not None and axis is not None:
         raise ValueError("adaptive_grad_clip: both axis and groups are given. Pass groups.unit(axis).")
+    _checks.nonnegative(
+        "adaptive_grad_clip", eps=eps, **({} if callable(clipping) else {"clipping": clipping})
+    )
     return rescale_by_norm(
         limits.relative(clipping, eps),
         groups=groups or _groups.unit(axis),

@@ -5,7 +5,7 @@ from typing import Literal, TypeAlias
 import jax
 import optax
 
-from optaxclip import groups as _groups, limits, responses
+from optaxclip import _checks, groups as _groups, limits, responses
 from optaxclip._apply import AxisName, Nonfinite
 from optaxclip._base import Groups
 from optaxclip._rescale import rescale_by_norm
@@ -399,6 +399,10 @@ def aggc(
     >>> print(updates["w"])
     [1.8]
     """
+    if _checks.is_number(low) and _checks.is_number(high) and low > high:
+        raise ValueError(
+            f"aggc: low is {low!r}, above high, {high!r}. Pass the lower end of the band as low."
+        )
     return rescale_by_norm(
         limits.ema(high, decay),
         response=responses.band(low / high, most_up=most_up, most_down=most_down),

@@ -92,7 +92,8 @@ def rescale_by_norm(
     Raises:
       TypeError: if an argument is of the wrong type.
       ValueError: if a number is negative or NaN, a choice is unknown, `init` finds the groups inconsistent,
-        or `update` gets another tree than `init` or lacks parameters that the limit needs.
+        or `update` gets a tree with another number of rows than `init` or lacks parameters that the limit
+        needs. A state holds arrays and no names: trees with equally many rows cannot be told apart.
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> tx = oc.rescale_by_norm(1.0, groups=oc.groups.leaf())

@@ -62,6 +62,7 @@ def ema(
     _checks.within(where, 0, 1, decay=decay)
     _checks.whole_number(where, warmup=warmup)
     _checks.nonnegative(where, eps=eps)
+    slack, decay, max_norm, eps = _checks.real(slack, decay, max_norm, eps)
 
     def init(rows: int) -> PyTree:
         return full(rows, jnp.inf)
@@ -70,7 +71,9 @@ def ema(
         del after
         # No more than one group's share: the factor is that of the whole update.
         whole = ctx.total.astype(norm.dtype) + eps
-        early = jnp.where(whole > max_norm, (norm + eps) * (max_norm / whole), jnp.inf)
+        over = whole > max_norm
+        share = jnp.where(over, max_norm, 1) / jnp.where(over, whole, 1)
+        early = jnp.where(over, (norm + eps) * share, jnp.inf)
         return jnp.where(ctx.step < warmup, early, slack * mean)
 
     def learn(norm: jax.Array, mean: PyTree, ctx: Context) -> PyTree:
@@ -140,6 +143,7 @@ def zscore(
     _checks.within(where, 0, 1, decay=decay)
     _checks.whole_number(where, least=2, warmup=warmup)
     _checks.one_of(where, ("reciprocal", "mean", "fixed"), mode=mode)
+    z, decay, eps, factor = _checks.real(z, decay, eps, factor)
 
     def init(rows: int) -> PyTree:
         return full(rows, 0), full(rows, 0), jnp.zeros((rows,), jnp.int32)
@@ -213,6 +217,7 @@ def quantile(
     _checks.within(where, 0, 1, target=target)
     _checks.nonnegative(where, rate=rate)
     _checks.positive(where, initial=initial)
+    target, rate, initial = _checks.real(target, rate, initial)
 
     def learn(norm: jax.Array, held: PyTree, ctx: Context) -> PyTree:
         del ctx

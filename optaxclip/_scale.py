@@ -55,14 +55,16 @@ def factors(
     largest = float(jnp.finfo(measured.norm.dtype).max)
     norm = jnp.where(empty, 1, jnp.minimum(measured.norm + eps, largest))
     small = jnp.where(empty, 1, measured.small + eps * TINY)
-    # A norm beyond the largest number stands as the largest number, which is too small by this much.
+    # A norm beyond the largest number stands as that number: norm and limit are held against each other at a
+    # scale where both have room.
     beyond = small > largest * TINY
-    excess = jnp.where(beyond, largest * TINY / jnp.where(beyond, small, 1), 1)
-    factor = response.factor(norm, limit)
-    factor = jnp.where(factor < 1, factor * excess, factor)
+    norm = jnp.where(beyond, small, norm)
+    factor = response.factor(norm, jnp.where(beyond, limit * TINY, limit))
     factor = jnp.where(empty, 1, jnp.minimum(factor, largest))
     tiny = ~empty & (limit < small * 2.0**-36) & (factor < 2.0**-100)
-    then = jnp.where(tiny, response.factor(jnp.where(tiny, small, norm), limit), factor)
+    # So small a factor grows with the limit.
+    larger = jnp.where(beyond, limit, jnp.where(tiny, limit, 0) / TINY)
+    then = jnp.where(tiny, response.factor(norm, jnp.where(tiny, larger, limit)), factor)
     scaled = measured.small * then
     after = jnp.where(tiny, scaled, jnp.where(beyond, scaled / TINY, measured.norm * factor))
     return Factors(factor, jnp.where(tiny, TINY, 1).astype(then.dtype), then, after)

@@ -337,7 +337,12 @@ def _plus(updates: PyTree, params: PyTree, by: jax.Array, groups: Groups, where:
     part = partition(groups, updates)
     found = matching(part, params, groups.names, where)
     chosen = {k: place for k, place in enumerate(part.places) if place is not None and place.scaled}
-    wide = {k: jnp.float64 if jnp.finfo(part.leaves[k].dtype).bits == 64 else jnp.float32 for k in chosen}
+    wide = {
+        k: jnp.float64
+        if jnp.finfo(jax.dtypes.canonicalize_dtype(part.leaves[k].dtype)).bits == 64
+        else jnp.float32
+        for k in chosen
+    }
     terms = scale(
         [widen(found[k], wide[k]) for k in chosen],
         jnp.ones_like(by),

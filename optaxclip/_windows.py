@@ -32,7 +32,7 @@ def percentile(q: float | jax.Array, window: int | None = None, *, include_curre
       include_current: whether the norm that is held against the limit counts.
 
     Returns:
-      A `Limit`. Its state has `window` float32, or 1,409 int32 and two float32, per group, and a count.
+      A `Limit`. Its state has `window` float32 and a count per group, or 1,410 int32 and two float32.
 
     Raises:
       TypeError: if an argument is of the wrong type.
@@ -56,6 +56,7 @@ def percentile(q: float | jax.Array, window: int | None = None, *, include_curre
     if window is not None:
         _checks.whole_number(where, least=1, window=window)
     past = _histogram() if window is None else _ring(window)
+    (q,) = _checks.real(q)
     share = q / 100
 
     def limit(norm: jax.Array, before: PyTree, after: PyTree, ctx: Context) -> jax.Array:
@@ -92,6 +93,7 @@ def _ring(window: int) -> _Past:
         filled = jnp.minimum(count, window)
         ordered = jnp.sort(jnp.where(slots < filled[:, None], ring, jnp.inf), axis=1)
         low, high, part = _ranks(share, filled)
+        ordered = jnp.where(filled[:, None] > 0, ordered, 0)  # no difference of infinities
         low, high = (jnp.take_along_axis(ordered, rank[:, None], axis=1)[:, 0] for rank in (low, high))
         return jnp.where(filled > 0, between(low, high, part), jnp.inf)
 
@@ -180,6 +182,7 @@ def mean_std(
     _checks.whole_number(where, least=2, window=window, warmup=warmup)
     if warmup > window:
         raise ValueError(f"{where}: warmup is {warmup}, above the window of {window}. Pass {window} or less.")
+    k, floor = _checks.real(k, floor)
     past = _ring(window)
 
     def limit(norm: jax.Array, before: PyTree, after: PyTree, ctx: Context) -> jax.Array:

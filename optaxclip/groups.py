@@ -300,7 +300,8 @@ def unit(
 
     An array with at most one axis longer than 1 counts as a vector, one group, as in the paper's code and
     Optax. A 1-D convolution `WIO` or an attention output `(heads, head, model)` needs
-    `{pattern: (0, 1)}`; PyTorch's and Equinox's `(out, in)` need `axis=1`.
+    `{pattern: (0, 1)}`; PyTorch's and Equinox's `(out, in)` need `{"weight$": 1}`, beside which biases keep the
+    default.
 
     Args:
       axis: the axes that the norm runs over, for all arrays, negative ones counted from the end; or a dict
@@ -318,6 +319,10 @@ def unit(
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> oc.group_norms({"kernel": jnp.array([[3.0, 5.0], [4.0, 12.0]])}, oc.groups.unit())
     {'kernel': Array([ 5., 13.], dtype=float32)}
+    >>> linear = {"weight": jnp.array([[3.0, 4.0], [5.0, 12.0]]), "bias": jnp.array([0.6, 0.8])}
+    >>> norms = oc.group_norms(linear, oc.groups.unit({"weight$": 1}))
+    >>> print(norms["weight"], norms["bias"])
+    [ 5. 13.] 1.0
     """
     where = "groups.unit"
     by_pattern = axis if isinstance(axis, Mapping) else {"": axis}

@@ -243,7 +243,11 @@ def relative(ratio: LimitLike, floor: float | jax.Array = 1e-3) -> Limit:
         raise TypeError(f"{where}: ratio is a Limit. Pass a number, an array or a schedule.")
 
     def rule(norm, ctx, value):
-        return value.astype(norm.dtype) * jnp.maximum(ctx.params, _value(floor, ctx.step).astype(norm.dtype))
+        size = jnp.maximum(ctx.params, _value(floor, ctx.step).astype(norm.dtype))
+        ratio = value.astype(norm.dtype)
+        # No limit of 0 times infinity: a ratio of 0 or infinity stands for itself.
+        own = (ratio == 0) | (ratio == jnp.inf)
+        return jnp.where(own & ~jnp.isnan(size), ratio, ratio * jnp.where(own, 1, size))
 
     return _stateless(rule, ratio, where, "ratio", needs_params=True)
 

@@ -16,12 +16,29 @@ from optaxclip._base import Response
 __all__ = ["band", "clip", "normalize", "psac", "soft", "zero"]
 
 
+@jax.custom_jvp
+def _ratio(limit, norm):
+    return limit / norm
+
+
+@_ratio.defjvp
+def _(primals, tangents):
+    # The derivative of a quotient in quotients: a square of the norm would overflow, or vanish.
+    ratio = _ratio(*primals)
+    return ratio, _ratio(tangents[0] - ratio * tangents[1], primals[1])
+
+
+def _unless(same, limit, norm):
+    """The ratio of limit to norm, and 1 where nothing changes; so is the derivative there."""
+    return jnp.where(same, 1, _ratio(jnp.where(same, 1, limit), jnp.where(same, 1, norm)))
+
+
 def _clip(norm, limit):
-    return jnp.where(norm > limit, limit / norm, 1)
+    return _unless(norm <= limit, limit, norm)
 
 
 def _normalize(norm, limit):
-    return jnp.where(limit < jnp.inf, limit / norm, 1)
+    return _unless(limit == jnp.inf, limit, norm)
 
 
 def _zero(norm, limit):
@@ -29,19 +46,16 @@ def _zero(norm, limit):
 
 
 def _rational(norm, limit):
-    unlimited = limit == jnp.inf
-    bound = jnp.where(unlimited, 1, limit)
-    half = bound / 2  # so that the sum cannot overflow
-    return jnp.where(unlimited, 1, half / (half + norm / 2))
+    # Halves, so that the sum cannot overflow.
+    return _unless(limit == jnp.inf, limit / 2, limit / 2 + norm / 2)
 
 
 def _sqrt(norm, limit):
     unlimited = limit == jnp.inf
     bound = jnp.where(unlimited, 1, limit)
     large, small = jnp.maximum(bound, norm), jnp.minimum(bound, norm)
-    # hypot(bound, norm), in a form that neither overflows nor divides by zero: the norm is positive.
-    hypotenuse = large * jnp.sqrt(1 + (small / large) ** 2)
-    return jnp.where(unlimited, 1, bound / hypotenuse)
+    # The norm over hypot(bound, norm), in a form that neither overflows nor divides by zero.
+    return jnp.where(unlimited, 1, _ratio(bound, large) / jnp.sqrt(1 + _ratio(small, large) ** 2))
 
 
 _CLIP, _NORMALIZE, _ZERO = Response(_clip), Response(_normalize), Response(_zero)
@@ -73,6 +87,7 @@ def clip(floor: float | jax.Array = 0.0) -> Response:
     _checks.within("responses.clip", 0, 1, floor=floor)
     if _checks.is_number(floor) and floor == 0:
         return _CLIP
+    (floor,) = _checks.real(floor)
     return Response(lambda norm, limit: jnp.maximum(_clip(norm, limit), floor))
 
 
@@ -111,11 +126,14 @@ def band(
     _checks.within(where, 0, 1, low=low, most_down=most_down)
     _checks.within(where, 1, math.inf, most_up=most_up)
 
+    low, most_up, most_down = _checks.real(low, most_up, most_down)
+
     def factor(norm, limit):
-        down = jnp.maximum(limit / norm, most_down)
-        up = jnp.minimum(low * limit / norm, most_up)
-        changed = jnp.where(norm > limit, down, jnp.where(norm < low * limit, up, 1))
-        return jnp.where(limit < jnp.inf, changed, 1)
+        limited = limit < jnp.inf
+        least = low * jnp.where(limited, limit, 0)
+        down = jnp.maximum(_unless(norm <= limit, limit, norm), most_down)
+        up = jnp.minimum(_unless(norm >= least, least, norm), most_up)
+        return jnp.where(norm > limit, down, jnp.where(norm < least, up, 1))
 
     return Response(factor)
 
@@ -140,8 +158,10 @@ def psac(r: float | jax.Array = 0.1) -> Response:
     """
     _checks.positive("responses.psac", r=r)
 
+    (r,) = _checks.real(r)
+
     def factor(norm, limit):
-        return jnp.where(limit < jnp.inf, limit / (norm + r / (norm + r)), 1)
+        return _unless(limit == jnp.inf, limit, norm + _ratio(r, norm + r))
 
     return Response(factor)
 

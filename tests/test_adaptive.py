@@ -1,9 +1,12 @@
 """Adaptive limits and other published methods, against float64 readings of their equations."""
 
+import inspect
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import reference
 
@@ -228,3 +231,40 @@ ERRORS = [
 def test_numbers_out_of_range_are_named(call, message):
     with pytest.raises(ValueError, match=message.replace(".", r"\.").replace("(", r"\(")):
         call()
+
+
+@pytest.mark.parametrize("method", ["autoclip", "quantile_clip", "zclip", "adagc", "gradient_stabilizer"])
+def test_first_steps_raise_no_false_alarm_under_debug_nans(method):
+    """No NaN is made on the way, which people with exploding gradients switch JAX to look for."""
+    tx = getattr(oc, method)()
+    state = tx.init({"w": jnp.zeros(2)})
+    with jax.debug_nans(True):
+        for size in (1.0, 2.0):
+            out, state = tx.update({"w": jnp.array([0.6 * size, 0.8 * size])}, state)
+    assert np.isfinite(out["w"]).all()
+
+
+@pytest.mark.parametrize("method", ["aggc", "quantile_clip", "clip_by_historical_norm", "zclip", "adagc"])
+def test_derivatives_through_the_first_step_are_finite(method):
+    """Before there is a limit it is infinite, and the update is the identity."""
+    tx = {"zclip": lambda: oc.zclip(max_norm=None), "adagc": lambda: oc.adagc(warmup=0)}.get(
+        method, getattr(oc, method)
+    )()
+    state = tx.init({"w": jnp.zeros(2)})
+    slope = jax.grad(lambda x: tx.update({"w": x}, state)[0]["w"].sum())(jnp.array([3.0, 4.0]))
+    np.testing.assert_array_equal(slope, [1, 1])
+
+
+@pytest.mark.parametrize(
+    "method", ["autoclip", "zclip", "adagc", "adanorm", "aggc", "gradient_stabilizer", "psac_clip"]
+)
+def test_numbers_may_be_injected_where_parameters_are_complex(method):
+    """Optax makes every injected number of the parameters' dtype."""
+    factory = getattr(oc, method)
+    numbers = {"percentile", "decay", "z", "eps", "factor", "slack", "low", "high", "most_up", "most_down"}
+    numbers |= {"first", "second", "max_norm", "r"} - ({"max_norm"} if method == "zclip" else set())
+    static = [name for name in inspect.signature(factory).parameters if name not in numbers]
+    tx = optax.inject_hyperparams(factory, static_args=static)()
+    grads = {"w": jnp.array([3 + 4j, 1j], jnp.complex64)}
+    out, _ = tx.update(grads, tx.init(grads))
+    assert np.isfinite(out["w"]).all()

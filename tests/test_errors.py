@@ -56,6 +56,9 @@ FACTORY = [
         lambda: oc.rescale_by_norm(1.0, nonfinite="skip"),
         "rescale_by_norm: nonfinite is 'skip'. Pass one of 'propagate', 'zero'.",
     ),
+    (lambda: oc.adaptive_grad_clip(-0.1), "adaptive_grad_clip: clipping is -0.1"),
+    (lambda: oc.adaptive_grad_clip(0.1, eps=-1), "adaptive_grad_clip: eps is -1"),
+    (lambda: oc.aggc(low=2.0), "aggc: low is 2.0, above high, 1.0. Pass the lower end of the band as low."),
     (
         lambda: oc.adaptive_grad_clip(0.1, axis=0, groups=LEAF),
         "adaptive_grad_clip: both axis and groups are given. Pass groups.unit(axis).",
@@ -180,7 +183,7 @@ UPDATE = [
     ),
     (
         lambda: oc.metrics(optax.sgd(0.1).init(PARAMS)),
-        "metrics: no RescaleState in a state of type tuple. Pass the state of an optimizer with one of",
+        "metrics: no RescaleState in a state of type tuple. Pass the state of an optimizer with rescale_by_n",
     ),
     (
         lambda: oc.metrics(oc.clip_by_layerwise_norm(1.0).init(PARAMS), PARAMS),

@@ -80,6 +80,13 @@ def test_relative_limits_follow_the_parameters_and_their_floor():
     np.testing.assert_allclose(floored, [[1, 0.05]], rtol=1e-6)
 
 
+def test_relative_limits_of_zero_and_infinity_are_no_nan():
+    """A ratio of 0 allows nothing and one of infinity everything, whatever the parameters."""
+    params = {"a": jnp.array([0.0, 0.0]), "b": jnp.full(8, jnp.inf)}
+    assert limits(oc.limits.relative(jnp.inf, floor=0.0), params=params) == [[np.inf, np.inf]]
+    assert limits(oc.limits.relative(0.0), params=params) == [[0, 0]]
+
+
 def test_relative_limits_find_parameters_by_path():
     """Parameters may hold leaves that the updates lack, and other containers."""
     params = {"a": jnp.array([0.0, 10.0]), "b": jnp.ones(8), "c": jnp.ones(3)}

@@ -84,6 +84,32 @@ def test_groups_of_many_rows_are_put_together():
     assert "clip/factor/kernel[99]" in oc.metrics(state, grads, oc.groups.unit(), expand=100)
 
 
+def test_the_parts_of_a_partition_are_read_one_by_one():
+    """Each part has its own state and saw the other's leaves masked."""
+    clips = {"leafwise": oc.clip_by_leafwise_norm(1.0), "global": oc.clip_by_global_norm(1.0)}
+    tx = optax.partition(clips, {"a": "leafwise", "b": "global"})
+    grads = {
+        "a": {"v": jnp.array([6.0]), "w": jnp.array([8.0])},
+        "b": {"v": jnp.array([3.0]), "w": jnp.array([4.0])},
+    }
+    _, state = tx.update(grads, tx.init(grads))
+    own = {"a": grads["a"], "b": jax.tree.map(lambda _: optax.MaskedNode(), grads["b"])}
+    found = oc.metrics(state.inner_states["leafwise"], own, oc.groups.leaf())
+    assert found["clip/norm_before/a/v"] == 6
+    assert found["clip/norm_before/a/w"] == 8
+    np.testing.assert_allclose(
+        oc.metrics(state.inner_states["global"])["clip/norm_before/whole"], 5, rtol=1e-6
+    )
+
+
+def test_metrics_outside_jit_are_numpy_scalars():
+    """Also where many rows are put together, and for the whole."""
+    grads = {"kernel": jnp.ones((2, 100)), "bias": jnp.ones(4)}
+    tx = oc.clip_by_unitwise_norm(1.0)
+    _, state = tx.update(grads, tx.init(grads))
+    assert all(isinstance(x, np.generic) for x in oc.metrics(state, grads, oc.groups.unit()).values())
+
+
 def test_clipping_by_value_counts_entries_and_steps():
     tx = oc.clip_by_value(3.5)
     state = run(tx, 1.0, 0.1, np.nan)

@@ -194,6 +194,34 @@ def test_a_norm_beyond_float32_is_reported_as_the_largest_and_clipped_rightly(re
         np.testing.assert_allclose(stats.norm_after, [after * limit], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("response", "limit", "factor"),
+    [
+        (oc.responses.clip(0.9), 1.0, 0.9),
+        (oc.responses.band(0.5, most_down=0.9), 1.0, 0.9),
+        (oc.responses.soft(), 1e38, 1 / 7),
+        (oc.responses.soft("sqrt"), 2.5e38, 5 / 13),
+        (oc.responses.clip(), 3e38, 0.5),
+    ],
+)
+def test_every_response_sees_the_true_norm_beyond_float32(response, limit, factor):
+    """Four entries of 3e38 have a norm of 6e38."""
+    out, _ = oc.rescale_tree(jnp.full(4, 3e38), limit, response=response)
+    np.testing.assert_allclose(out, np.full(4, factor * 3e38), rtol=1e-5)
+
+
+def test_a_factor_too_small_for_float32_is_right_for_every_response():
+    """The entries are multiplied by what is left of it, and the response still sees the norm."""
+    for response in (oc.responses.clip(), oc.responses.soft(), oc.responses.psac()):
+        out, _ = oc.rescale_tree(jnp.array([1e3]), 1e-28, response=response)
+        np.testing.assert_allclose(out, [1e-28], rtol=1e-5)
+
+
+def test_the_smooth_limit_of_a_huge_norm_does_not_overflow():
+    out, _ = oc.rescale_tree(jnp.array([3e38]), 3e38, response=oc.responses.soft("sqrt"))
+    np.testing.assert_allclose(out, [3e38 / 2**0.5], rtol=1e-6)
+
+
 def test_whole_norms_do_not_overflow_when_those_of_their_groups_are_huge():
     _, stats = oc.rescale_tree({"a": jnp.array([3e37]), "b": jnp.array([4e37])}, 1.0, groups=oc.groups.leaf())
     tx = oc.clip_by_leafwise_norm(2.0)
@@ -271,6 +299,46 @@ def test_derivatives_are_right_at_every_magnitude(p):
         np.testing.assert_allclose(gradient(x * scale), slope, rtol=1e-5)
         largest = np.abs(bend).max()
         np.testing.assert_allclose(hessian(x * scale) * scale, bend, rtol=1e-5, atol=1e-5 * largest)
+
+
+SMOOTH = {
+    "clip": oc.responses.clip(),
+    "floor": oc.responses.clip(0.2),
+    "normalize": oc.responses.normalize(),
+    "rational": oc.responses.soft("rational"),
+    "sqrt": oc.responses.soft("sqrt"),
+    "band": oc.responses.band(0.5),
+}
+
+
+@pytest.mark.parametrize("response", SMOOTH)
+def test_the_derivative_of_an_update_is_right_at_every_magnitude(response):
+    """The Jacobian does not change with the scale of norm and limit, even where squares are out of range."""
+    entries, limit = np.array([3.0, 4.0, 1.0]), np.float64(3.5)
+
+    def update(x, limit):
+        return oc.rescale_tree({"w": x}, limit, response=SMOOTH[response])[0]["w"]
+
+    with enable_x64(True):
+        expected = jax.jacobian(update)(jnp.asarray(entries), limit)
+    jacobian = jax.jit(jax.jacobian(update))
+    for exponent in range(-25, 37, 4):
+        scale = 10.0**exponent
+        found = jacobian((entries * scale).astype(np.float32), np.float32(limit * scale))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    for entry in (0.0, 5.0, 3e-20, 1e20):
+        for bound in (0.0, 1.0, np.inf):
+            assert np.isfinite(jacobian(jnp.array([entry, 0, 0]), np.float32(bound))).all()
+
+
+def test_the_derivative_where_nothing_is_clipped_is_the_identity():
+    """Within the limit, at an infinite one, and beside groups of another size."""
+    jacobian = jax.jit(jax.jacobian(lambda x, limit: oc.rescale_tree(x, limit, groups=oc.groups.leaf())[0]))
+    for entry in (3.0, 3e-20, 1e-30):
+        tree = {"a": jnp.array([entry]), "b": jnp.array([0.5])}
+        for limit in (10.0, np.inf):
+            found = jacobian(tree, np.float32(limit))
+            assert (found["a"]["a"], found["b"]["b"], found["a"]["b"]) == (1, 1, 0)
 
 
 def test_derivatives_reach_through_an_optimizer_chain():
