@@ -300,8 +300,7 @@ def unit(
 
     An array with at most one axis longer than 1 counts as a vector, one group, as in the paper's code and
     Optax. A 1-D convolution `WIO` or an attention output `(heads, head, model)` needs
-    `{pattern: (0, 1)}`; PyTorch's and Equinox's `(out, in)` need `{"weight$": 1}`, beside which biases keep the
-    default.
+    `{pattern: (0, 1)}`; PyTorch's and Equinox's `(out, in)` need `{"weight$": 1}`. Biases keep the default.
 
     Args:
       axis: the axes that the norm runs over, for all arrays, negative ones counted from the end; or a dict
