@@ -75,7 +75,7 @@ def apply(
         of_params = measured(part, matched, table, options).norm.astype(norm.dtype)
     context = Context(step, table, options.norm, options.response, total, of_params)
     limit, rule_state = rule.update(norm, rule_state, context)
-    limit = jnp.maximum(_per_row(limit, part), 0).astype(norm.dtype)
+    limit = jnp.maximum(_per_row(limit, part).astype(norm.dtype), _mesh.zeros_like(norm))
     made = factors(found, limit, options.response, options.eps)
     finite = jnp.isfinite(norm)
     usable = finite & ~jnp.isnan(limit)

@@ -67,7 +67,8 @@ def factors(
     then = jnp.where(tiny, response.factor(norm, jnp.where(tiny, larger, limit)), factor)
     scaled = measured.small * then
     after = jnp.where(tiny, scaled, jnp.where(beyond, scaled / TINY, measured.norm * factor))
-    return Factors(factor, jnp.where(tiny, TINY, 1).astype(then.dtype), then, after)
+    first = jnp.where(tiny, TINY, 1 + _mesh.zeros_like(measured.norm))
+    return Factors(factor, first, then, after)
 
 
 @functools.partial(jax.jit, static_argnames=("places", "drop"))
@@ -97,7 +98,11 @@ def scale(
     scaled = []
     for leaf, place in zip(leaves, places, strict=True):
         if not place.axes:
-            scaled.append(times_row(leaf, pairs, rows[place.first]))
+            row = rows[place.first]
+            if isinstance(row, int):
+                scaled.append(_times(leaf, pairs[row, 0], pairs[row, 1], drop))
+            else:
+                scaled.append(times_row(leaf, pairs, row))
             continue
         shape = tuple(leaf.shape[axis] for axis in place.axes)
         others = tuple(axis for axis in range(leaf.ndim) if axis not in place.axes)
@@ -108,10 +113,9 @@ def scale(
     return scaled
 
 
-def _times_row(leaf: jax.Array, pairs: jax.Array, row: int | jax.Array, drop: bool) -> jax.Array:
-    if len(pairs) > 1:
-        pairs = lax.dynamic_slice(pairs, (row, np.int32(0)), (1, 2), allow_negative_indices=False)
-    return _times(leaf, pairs[0, 0], pairs[0, 1], drop)
+def _times_row(leaf: jax.Array, pairs: jax.Array, row: jax.Array, drop: bool) -> jax.Array:
+    own = lax.dynamic_slice(pairs, (row, np.int32(0)), (1, 2), allow_negative_indices=False)
+    return _times(leaf, own[0, 0], own[0, 1], drop)
 
 
 def _times(leaf: jax.Array, first: jax.Array, then: jax.Array, drop: bool) -> jax.Array:
@@ -124,17 +128,16 @@ def _times(leaf: jax.Array, first: jax.Array, then: jax.Array, drop: bool) -> ja
 
 def _apart(
     pairs: jax.Array, rows: Sequence[int], seed: jax.Array
-) -> tuple[jax.Array, dict[int, np.int32 | jax.Array]]:
+) -> tuple[jax.Array, dict[int, int | jax.Array]]:
     """The factors and the indices of rows, in a form that XLA on CPU knows nothing about.
 
     It would fuse all that makes the factors into every kernel that reads from them, and with a known index no
     two of these kernels would be the same: each would be compiled. What comes out of a conditional stays
     apart, and kernels for leaves of the same shape are compiled once.
     """
-    known = [np.int32(row) for row in rows]
     if _mesh.has_mesh(pairs):
-        return _mesh.replicate(pairs), dict(zip(rows, known, strict=True))
-    few = len(rows) <= FEW
+        return _mesh.replicate(pairs), {row: row for row in rows}
+    few, known = len(rows) <= FEW, [np.int32(row) for row in rows]
 
     def opaque(pairs, seed):
         never = jnp.zeros_like(pairs), [] if few else [np.int32(0)] * len(rows)
@@ -145,4 +148,4 @@ def _apart(
         return pairs, [] if few else [jnp.int32(row) for row in rows]
 
     pairs, indices = lax.platform_dependent(pairs, seed, cpu=opaque, default=plain)
-    return pairs, dict(zip(rows, known if few else indices, strict=True))
+    return pairs, dict(zip(rows, rows if few else indices, strict=True))
