@@ -39,7 +39,7 @@ class Setting(NamedTuple):
       shape: the model's.
     """
 
-    steps: int = 600
+    steps: int = 400
     seeds: int = 3
     learning_rate: float = 0.02
     every: int = 75

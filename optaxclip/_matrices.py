@@ -202,8 +202,12 @@ def _find(
     vectors: jax.Array,
     step: Any,
 ) -> dict[int, Found]:
-    """Measures all leaves, by their number."""
-    found, first = {}, 0
+    """Measures all leaves, by their number; decompositions one after the other.
+
+    On CPU a decomposition of several matrices waits for the threads that other ones wait in: where all start
+    together, none may end.
+    """
+    found, first, earlier = {}, 0, jnp.zeros((), jnp.float32)
     for k, (place, leaf) in enumerate(zip(part.places, leaves, strict=True)):
         if place is None:
             continue
@@ -211,19 +215,29 @@ def _find(
         size = _entries(leaf, view) if method.warm and view.inputs else 0
         found[k] = _measured(
             jnp.asarray(leaf),
+            earlier,
             vectors[first : first + size],
             np.uint32(k) + jnp.asarray(step).astype(jnp.uint32) * np.uint32(len(part.leaves)),
             view=view,
             iterations=method.iterations if view.inputs else 0,
             whole=method.change is not None and bool(view.inputs),
         )
+        if found[k].factors is not None:
+            earlier = jax.lax.stop_gradient(jnp.max(found[k].size)).astype(jnp.float32)
         first += size
     return found
 
 
 @functools.partial(jax.jit, static_argnames=("view", "iterations", "whole"))
 def _measured(
-    leaf: jax.Array, warm: jax.Array, seed: jax.Array, *, view: View, iterations: int, whole: bool
+    leaf: jax.Array,
+    earlier: jax.Array,
+    warm: jax.Array,
+    seed: jax.Array,
+    *,
+    view: View,
+    iterations: int,
+    whole: bool,
 ) -> Found:
     """Measures a leaf: a vector by its L2 norm, a matrix by power iteration or, without any, decomposed."""
     real = jnp.float64 if jnp.finfo(leaf.dtype).bits == 64 else jnp.float32
@@ -234,7 +248,8 @@ def _measured(
     scaled = svd = None
     vector = warm
     if whole:
-        finite = jnp.where(jnp.isfinite(peak), x, jnp.zeros_like(x))
+        # The size of the leaf before is never negative: this only makes the decomposition wait for it.
+        finite = jnp.where(jnp.isfinite(peak) & ~(earlier < 0), x, jnp.zeros_like(x))
         scaled = _singular.matrices(_mesh.replicate(finite), view)
     if iterations:
         before = _unpacked(warm, x, view)
