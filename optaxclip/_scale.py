@@ -59,15 +59,15 @@ def factors(
     # scale where both have room.
     beyond = small > largest * TINY
     norm = jnp.where(beyond, small, norm)
-    factor = response.factor(norm, jnp.where(beyond, limit * TINY, limit))
-    factor = jnp.where(empty, 1, jnp.minimum(factor, largest))
-    tiny = ~empty & (limit < small * 2.0**-36) & (factor < 2.0**-100)
-    # So small a factor grows with the limit.
+    # So small a factor grows with the limit; one that does not, such as a floor, is far larger.
+    tiny = ~empty & (limit < small * 2.0**-36)
     larger = jnp.where(beyond, limit, jnp.where(tiny, limit, 0) / TINY)
-    then = jnp.where(tiny, response.factor(norm, jnp.where(tiny, larger, limit)), factor)
-    scaled = measured.small * then
-    after = jnp.where(tiny, scaled, jnp.where(beyond, scaled / TINY, measured.norm * factor))
+    held = jnp.where(tiny, larger, jnp.where(beyond, limit * TINY, limit))
+    then = jnp.where(empty, 1, jnp.minimum(response.factor(norm, held), largest))
+    tiny = tiny & (then < 2.0**-35)
     first = jnp.where(tiny, TINY, 1 + _mesh.zeros_like(measured.norm))
+    factor, scaled = first * then, measured.small * then
+    after = jnp.where(tiny, scaled, jnp.where(beyond, scaled / TINY, measured.norm * factor))
     return Factors(factor, first, then, after)
 
 
@@ -94,21 +94,22 @@ def scale(
     single = [k for k, place in enumerate(places) if not place.axes]
     pairs = jnp.stack([first, then], axis=1)
     pairs, rows = _apart(pairs, list(dict.fromkeys(places[k].first for k in single)), seed)
-    times_row = jax.jit(functools.partial(_times_row, drop=drop))  # traced once for leaves that are alike
+    # Both are traced once for leaves that are alike.
+    times_pair = jax.jit(functools.partial(_times, drop=drop))
+    times_row = jax.jit(functools.partial(_times_row, drop=drop))
+    known = {row: (pairs[row, 0], pairs[row, 1]) for row in rows.values() if isinstance(row, int)}
     scaled = []
     for leaf, place in zip(leaves, places, strict=True):
         if not place.axes:
             row = rows[place.first]
-            if isinstance(row, int):
-                scaled.append(_times(leaf, pairs[row, 0], pairs[row, 1], drop))
-            else:
-                scaled.append(times_row(leaf, pairs, row))
+            by_row = known.get(row) if isinstance(row, int) else None
+            scaled.append(times_row(leaf, pairs, row) if by_row is None else times_pair(leaf, *by_row))
             continue
         shape = tuple(leaf.shape[axis] for axis in place.axes)
         others = tuple(axis for axis in range(leaf.ndim) if axis not in place.axes)
         own = pairs[place.first : place.first + math.prod(shape)]
-        by_row = [_mesh.share(own[:, k].reshape(shape), leaf, place.axes) for k in (0, 1)]
-        by_first, by_then = (jnp.expand_dims(x, others) for x in by_row)
+        by_rows = [_mesh.share(own[:, k].reshape(shape), leaf, place.axes) for k in (0, 1)]
+        by_first, by_then = (jnp.expand_dims(x, others) for x in by_rows)
         scaled.append(_times(leaf, by_first, by_then, drop))
     return scaled
 
