@@ -63,17 +63,8 @@ def apply(
     rule: Limit, step: Any, rule_state: PyTree, part: Partition, params: PyTree, options: Options
 ) -> Applied:
     """Rescales a tree that has been taken apart; it must have at least one row."""
-    table = table_of(part, options)
-    found = measured(part, part.leaves, table, options)
-    norm = found.norm
-    total = merge(options.norm, jnp.where(jnp.isfinite(norm), norm, 0), table.sizes)
-    of_params = None
-    if rule.needs_params:
-        if params is None:
-            raise ValueError(_checks.NO_PARAMS)
-        matched = matching(part, params, options.groups.names, "limits.relative")
-        of_params = measured(part, matched, table, options).norm.astype(norm.dtype)
-    context = Context(step, table, options.norm, options.response, total, of_params)
+    found, context = looked_at(rule, step, part, params, options)
+    norm, table = found.norm, context.table
     limit, rule_state = rule.update(norm, rule_state, context)
     limit = jnp.maximum(_per_row(limit, part).astype(norm.dtype), _mesh.zeros_like(norm))
     made = factors(found, limit, options.response, options.eps)
@@ -86,6 +77,23 @@ def apply(
     factor = jnp.where(usable, made.factor, bad)
     stats = Stats(norm, after, limit, factor, usable & (factor != 1), ~finite)
     return Applied(leaves, reported(stats), reported(whole_of(stats, table, options.norm)), rule_state)
+
+
+def looked_at(
+    rule: Limit, step: Any, part: Partition, params: PyTree, options: Options
+) -> tuple[Measured, Context]:
+    """What a limit is given: the norms of the rows, and all else that it may know."""
+    table = table_of(part, options)
+    found = measured(part, part.leaves, table, options)
+    norm = found.norm
+    total = merge(options.norm, jnp.where(jnp.isfinite(norm), norm, 0), table.sizes)
+    of_params = None
+    if rule.needs_params:
+        if params is None:
+            raise ValueError(_checks.NO_PARAMS)
+        matched = matching(part, params, options.groups.names, "limits.relative")
+        of_params = measured(part, matched, table, options).norm.astype(norm.dtype)
+    return found, Context(step, table, options.norm, options.response, total, of_params)
 
 
 def table_of(part: Partition, options: Options) -> Table:

@@ -102,8 +102,8 @@ def scale(
     for leaf, place in zip(leaves, places, strict=True):
         if not place.axes:
             row = rows[place.first]
-            by_row = known.get(row) if isinstance(row, int) else None
-            scaled.append(times_row(leaf, pairs, row) if by_row is None else times_pair(leaf, *by_row))
+            by_row = times_pair(leaf, *known[row]) if isinstance(row, int) else times_row(leaf, pairs, row)
+            scaled.append(by_row)
             continue
         shape = tuple(leaf.shape[axis] for axis in place.axes)
         others = tuple(axis for axis in range(leaf.ndim) if axis not in place.axes)

@@ -8,11 +8,10 @@ import numpy as np
 import optax
 
 from optaxclip import _checks, _mesh, groups as _groups, norms as _norms, responses as _responses
-from optaxclip._apply import AxisName, Options, checked, measured, table_of
+from optaxclip._apply import AxisName, Options, checked, looked_at
 from optaxclip._base import Context, Groups, Limit, Norm, PyTree, Table
 from optaxclip._carry import transformation
-from optaxclip._measure import merge
-from optaxclip._partition import Partition, is_grouped, matching, named_leaves, partition
+from optaxclip._partition import Partition, is_grouped, named_leaves, partition
 from optaxclip.limits import LimitLike, as_limit, mean_std
 
 WHERE, LOSS = "skip_updates", Table(("loss",), np.ones(1), {"loss": (0, 1)})
@@ -194,17 +193,8 @@ def _held_norms(rule: Limit, part: Partition, state: SkipState, params: PyTree, 
         )
     if not rows:
         return _Held(state.norm, state.limit, jnp.zeros((0,), jnp.bool), state.rule)
-    table = table_of(part, options)
-    value = measured(part, part.leaves, table, options).norm
-    if rule.needs_params and params is None:
-        raise ValueError(_checks.NO_PARAMS)
-    of_params = None
-    if rule.needs_params:
-        matched = matching(part, params, options.groups.names, "limits.relative")
-        of_params = measured(part, matched, table, options).norm.astype(value.dtype)
-    total = merge(options.norm, jnp.where(jnp.isfinite(value), value, 0), table.sizes)
-    context = Context(state.step, table, options.norm, options.response, total, of_params)
-    return _held(rule, value, state.rule, context)
+    found, context = looked_at(rule, state.step, part, params, options)
+    return _held(rule, found.norm, state.rule, context)
 
 
 def _held(rule: Limit, value: jax.Array, state: PyTree, context: Context) -> _Held:
