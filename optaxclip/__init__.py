@@ -45,6 +45,8 @@ from optaxclip._named_adaptive import (
 )
 from optaxclip._named_soft import automatic_clip, delta_clip, psac_clip, smooth_clip
 from optaxclip._per_example import PerExampleState, clip_per_example, per_example_quantile
+from optaxclip._record import RecordState, record
+from optaxclip._replay import Replay
 from optaxclip._rescale import RescaleState, group_norms, rescale_by_norm, rescale_tree
 from optaxclip._reset import ResetMomentumState, reset_momentum
 from optaxclip._skip import SkipState, skip_updates
@@ -56,6 +58,7 @@ from optaxclip._trust import (
     scale_by_stable_adam,
     stable_adamw,
 )
+from optaxclip.history import History
 
 __version__ = "0.1.0"
 
@@ -66,12 +69,15 @@ __all__ = [
     "ClipByValueState",
     "Context",
     "Groups",
+    "History",
     "Leaf",
     "Limit",
     "MaskSpikesState",
     "Member",
     "Norm",
     "PerExampleState",
+    "RecordState",
+    "Replay",
     "RescaleState",
     "ResetMomentumState",
     "Response",
@@ -119,6 +125,7 @@ __all__ = [
     "per_example_quantile",
     "psac_clip",
     "quantile_clip",
+    "record",
     "rescale_by_norm",
     "rescale_tree",
     "reset_momentum",

@@ -59,24 +59,47 @@ class Applied(NamedTuple):
     rule: PyTree
 
 
+class Decided(NamedTuple):
+    """What is to become of the rows.
+
+    Attributes:
+      stats: their statistics.
+      first: what to multiply each by first.
+      then: what to multiply each by then.
+      rule: the limit's new state.
+    """
+
+    stats: Stats
+    first: jax.Array
+    then: jax.Array
+    rule: PyTree
+
+
 def apply(
     rule: Limit, step: Any, rule_state: PyTree, part: Partition, params: PyTree, options: Options
 ) -> Applied:
     """Rescales a tree that has been taken apart; it must have at least one row."""
     found, context = looked_at(rule, step, part, params, options)
-    norm, table = found.norm, context.table
+    stats, first, then, rule_state = decide(rule, rule_state, found, context, options)
+    leaves = _scaled(part, first, then, found.norm, options.nonfinite == "zero")
+    whole = whole_of(stats, context.table, options.norm)
+    return Applied(leaves, reported(stats), reported(whole), rule_state)
+
+
+def decide(rule: Limit, rule_state: PyTree, found: Measured, context: Context, options: Options) -> Decided:
+    """What the limit and the response make of norms: all that an update and its replay have in common."""
+    norm = found.norm
     limit, rule_state = rule.update(norm, rule_state, context)
-    limit = jnp.maximum(_per_row(limit, part).astype(norm.dtype), _mesh.zeros_like(norm))
+    limit = jnp.maximum(_per_row(limit, context.table).astype(norm.dtype), _mesh.zeros_like(norm))
     made = factors(found, limit, options.response, options.eps)
     finite = jnp.isfinite(norm)
     usable = finite & ~jnp.isnan(limit)
     bad = jnp.nan if options.nonfinite == "propagate" else 0.0
     then = jnp.where(usable, made.then, bad)
-    leaves = _scaled(part, made.first, then, norm, options.nonfinite == "zero")
-    after = jnp.where(usable, _norm_after(found, made, table, options.norm), bad)
+    after = jnp.where(usable, _norm_after(found, made, context.table, options.norm), bad)
     factor = jnp.where(usable, made.factor, bad)
     stats = Stats(norm, after, limit, factor, usable & (factor != 1), ~finite)
-    return Applied(leaves, reported(stats), reported(whole_of(stats, table, options.norm)), rule_state)
+    return Decided(stats, made.first, then, rule_state)
 
 
 def looked_at(
@@ -133,14 +156,14 @@ def _scaled(part: Partition, first: jax.Array, then: jax.Array, norm: jax.Array,
     return leaves
 
 
-def _per_row(limit: jax.Array, part: Partition) -> jax.Array:
-    rows = len(part.table.names)
+def _per_row(limit: jax.Array, table: Table) -> jax.Array:
+    rows = len(table.names)
     if limit.size == 1:
         limit = limit.reshape(())
     elif limit.shape != (rows,):
         raise ValueError(
             f"rescale_by_norm: the limit has shape {limit.shape} for {rows} rows of groups, "
-            f"{_checks.listed(part.table.names)}. Pass one number, one per row, or limits.per_group."
+            f"{_checks.listed(table.names)}. Pass one number, one per row, or limits.per_group."
         )
     return jnp.broadcast_to(limit, (rows,))
 
@@ -163,15 +186,16 @@ def whole_of(stats: Stats, table: Table, norm: Norm) -> Stats:
     return Stats(before, after, limit, ratio, clipped, nonfinite)
 
 
+def single(x: jax.Array) -> jax.Array:
+    """A norm as float32: at most its largest number unless infinite."""
+    if x.dtype == jnp.float32:
+        return x
+    largest = float(jnp.finfo(jnp.float32).max)
+    return jnp.where(jnp.isfinite(x), jnp.minimum(x, largest), x).astype(jnp.float32)
+
+
 def reported(stats: Stats) -> Stats:
     """In the dtypes of the state: float32, at most its largest number unless infinite; int32 for counts."""
-    largest = float(jnp.finfo(jnp.float32).max)
-
-    def single(x: jax.Array) -> jax.Array:
-        if x.dtype == jnp.float32:
-            return x
-        return jnp.where(jnp.isfinite(x), jnp.minimum(x, largest), x).astype(jnp.float32)
-
     return Stats(
         norm=single(stats.norm),
         norm_after=single(stats.norm_after),

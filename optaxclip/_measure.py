@@ -73,14 +73,14 @@ def measure(
     firsts = [place.first + rows * (not place.scaled) for place in places]
     blocks = blocks_of(leaves, firsts, places, norm.shaped)
 
-    def across(
+    def together(
         own: Sequence[Block], combine: Combine, of: Callable[[Sequence[Block]], jax.Array]
     ) -> jax.Array:
-        return _across(own, of, rows * parts, combine, axis_name).reshape(parts, rows)
+        return across(own, of, rows * parts, combine, axis_name).reshape(parts, rows)
 
     def at(arrays: Arrays, scales: Arrays) -> jax.Array:
         own = [b._replace(array=x, scale=s) for b, x, s in zip(blocks, arrays, scales, strict=True)]
-        return across(own, norm.combine, lambda alike: partials(alike, norm, dtype))
+        return together(own, norm.combine, lambda alike: partials(alike, norm, dtype))
 
     def at_each(arrays: Arrays, scale: jax.Array) -> jax.Array:
         return at(arrays, [scale[block.rows % rows].reshape(block.kept) for block in blocks])
@@ -89,7 +89,7 @@ def measure(
     def found(arrays: Arrays) -> Measured:
         if norm.degree > 2:
             own = [block._replace(array=x) for block, x in zip(blocks, arrays, strict=True)]
-            peak = across(own, "max", lambda alike: peaks(alike, dtype))
+            peak = together(own, "max", lambda alike: peaks(alike, dtype))
             scale = _inverse(jnp.max(peak, axis=0))
             partial = at_each(arrays, scale)
         else:
@@ -115,7 +115,7 @@ def measure(
     return found([block.array for block in blocks])
 
 
-def _across(
+def across(
     blocks: Sequence[Block],
     of: Callable[[Sequence[Block]], jax.Array],
     rows: int,

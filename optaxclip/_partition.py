@@ -86,7 +86,7 @@ def partition(groups: Groups, tree: PyTree) -> Partition:
     candidates = [leaf for leaf in leaves if is_grouped(leaf)]
     assigned = iter(groups.assign(candidates))
     members = [next(assigned) if is_grouped(leaf) else None for leaf in leaves]
-    shapes = _row_shapes(leaves, members)
+    shapes = row_shapes(leaves, members)
     spans, first = {}, 0
     for name in sorted(shapes, key=_paths.natural):
         spans[name] = first, math.prod(shapes[name])
@@ -99,13 +99,13 @@ def partition(groups: Groups, tree: PyTree) -> Partition:
         if member is not None and member.measured:
             start, count = spans[member.group]
             sizes[start : start + count] += math.prod(leaf.shape) // count
-    names = tuple(name for group in spans for name in _row_names(group, shapes[group]))
+    names = tuple(name for group in spans for name in row_names(group, shapes[group]))
     table = Table(names, sizes, spans)
     values = [leaf.value for leaf in leaves]
     return Partition(values, jax.tree.structure(tree), tuple(leaf.path for leaf in leaves), places, table)
 
 
-def _row_shapes(leaves: Sequence[Leaf], members: Sequence[Member | None]) -> dict[str, tuple[int, ...]]:
+def row_shapes(leaves: Sequence[Leaf], members: Sequence[Member | None]) -> dict[str, tuple[int, ...]]:
     """The shape of each group's rows, checked to be the same for all of its leaves."""
     shapes, first, measured = {}, {}, set()
     for leaf, member in zip(leaves, members, strict=True):
@@ -130,7 +130,8 @@ def _row_shapes(leaves: Sequence[Leaf], members: Sequence[Member | None]) -> dic
     return shapes
 
 
-def _row_names(group: str, shape: tuple[int, ...]) -> list[str]:
+def row_names(group: str, shape: tuple[int, ...]) -> list[str]:
+    """The names of a group's rows: its own, with the index behind it where there are several."""
     if not shape:
         return [group]
     return [f"{group}[{','.join(map(str, index))}]" for index in np.ndindex(shape)]

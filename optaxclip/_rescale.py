@@ -1,5 +1,6 @@
 """The engine: measure each group, hold it against its limit, multiply it by what the response says."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -7,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _checks, groups as _groups, norms as _norms, responses as _responses
-from optaxclip._apply import AxisName, Nonfinite, apply, checked, measured, table_of
-from optaxclip._base import Groups, Norm, PyTree, Response, Stats
+from optaxclip._apply import AxisName, Nonfinite, Options, apply, checked, measured, table_of
+from optaxclip._base import Groups, Limit, Norm, PyTree, Response, Stats
 from optaxclip._partition import partition
 from optaxclip.limits import LimitLike, as_limit
 
@@ -57,6 +58,58 @@ def counted(stats: Stats, before: "Stats | RescaleState") -> Stats:
     )
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Policy:
+    """What `rescale_by_norm` was given, and what it makes of that.
+
+    Attributes:
+      limit: how large a norm may be.
+      options: all else.
+    """
+
+    limit: Limit
+    options: Options
+
+    def init(self, params: PyTree) -> RescaleState:
+        """The state before the first update."""
+        table = partition(self.options.groups, params).table
+        return RescaleState(
+            step=jnp.zeros((), jnp.int32),
+            rule=self.limit.init(table),
+            whole=blank(()),
+            **blank((len(table.names),))._asdict(),
+        )
+
+    def update(self, updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
+        """The rescaled updates, and the new state."""
+        del extra_args
+        part = partition(self.options.groups, updates)
+        rows = len(part.table.names)
+        if state.norm.shape != (rows,):
+            raise ValueError(
+                f"rescale_by_norm: the tree has {rows} rows of groups, {_checks.listed(part.table.names)}; "
+                f"`init` saw {len(state.norm)}. Pass updates with the structure that `init` was given."
+            )
+        step = jnp.asarray(optax.safe_increment(state.step))
+        if not rows:
+            return updates, state._replace(step=step)
+        done = apply(self.limit, state.step, state.rule, part, params, self.options)
+        new = RescaleState(
+            step=step,
+            # The state keeps its dtypes, whatever a limit computes in.
+            rule=jax.tree.map(lambda new, old: new.astype(old.dtype), done.rule, state.rule),
+            whole=counted(done.whole, state.whole),
+            **counted(done.stats, state)._asdict(),
+        )
+        return jax.tree.unflatten(part.treedef, done.leaves), new
+
+
+def policy_of(transformation: Any) -> Policy | None:
+    """The policy that a transformation was made of, if `rescale_by_norm` made it."""
+    owner = getattr(getattr(transformation, "update", None), "__self__", None)
+    return owner if isinstance(owner, Policy) else None
+
+
 def rescale_by_norm(
     limit: LimitLike,
     *,
@@ -103,41 +156,9 @@ def rescale_by_norm(
     [0.6 0.8] [0.5] [5.  0.5] [0.2 1. ]
     """
     where = "rescale_by_norm"
-    rule = as_limit(limit, where)
     options = checked(where, groups, norm, response, eps, nonfinite, axis_name)
-
-    def init(params: PyTree) -> RescaleState:
-        table = partition(groups, params).table
-        return RescaleState(
-            step=jnp.zeros((), jnp.int32),
-            rule=rule.init(table),
-            whole=blank(()),
-            **blank((len(table.names),))._asdict(),
-        )
-
-    def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
-        del extra_args
-        part = partition(groups, updates)
-        rows = len(part.table.names)
-        if state.norm.shape != (rows,):
-            raise ValueError(
-                f"{where}: the tree has {rows} rows of groups, {_checks.listed(part.table.names)}; "
-                f"`init` saw {len(state.norm)}. Pass updates with the structure that `init` was given."
-            )
-        step = jnp.asarray(optax.safe_increment(state.step))
-        if not rows:
-            return updates, state._replace(step=step)
-        done = apply(rule, state.step, state.rule, part, params, options)
-        new = RescaleState(
-            step=step,
-            # The state keeps its dtypes, whatever a limit computes in.
-            rule=jax.tree.map(lambda new, old: new.astype(old.dtype), done.rule, state.rule),
-            whole=counted(done.whole, state.whole),
-            **counted(done.stats, state)._asdict(),
-        )
-        return jax.tree.unflatten(part.treedef, done.leaves), new
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    policy = Policy(as_limit(limit, where), options)
+    return optax.GradientTransformationExtraArgs(policy.init, policy.update)
 
 
 def rescale_tree(

@@ -1,0 +1,196 @@
+"""Replays policies on recorded norms: the limits and responses of training, without training."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Float
+
+from optaxclip import groups as _groups, responses as _responses
+from optaxclip._apply import Options, checked, decide
+from optaxclip._base import Context, Groups, Limit, Response, Table
+from optaxclip._measure import TINY, Measured, merge
+from optaxclip._rescale import Policy, policy_of
+from optaxclip._rows import Regrouped, name_of, norm_called, put_together
+from optaxclip.limits import as_limit
+
+LARGEST = float(np.finfo(np.float32).max)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Replay:
+    """What a policy would have done to the updates of a recording; NumPy arrays, float64.
+
+    Attributes:
+      names: the groups of the policy.
+      steps: the number of each update, `(steps,)`.
+      norm: the norms of the groups, `(steps, groups)`, in the norm that the policy measures.
+      limit: what they would have been held against, likewise.
+      factor: what they would have been multiplied by, likewise; NaN where a NaN or an infinity propagates.
+      after: their norms afterwards, likewise.
+      norm_before: the norm of the whole update, all that was recorded, `(steps,)`.
+      norm_after: the same afterwards.
+      cosine: of the angle between the whole update before and after, `(steps,)`. NaN where one of them is
+        zero or not finite, and where norms other than `l2` and `rms` were recorded, which have no angles.
+      clipped: in which share of the updates any group's factor was not 1.
+    """
+
+    names: tuple[str, ...]
+    steps: np.ndarray
+    norm: np.ndarray
+    limit: np.ndarray
+    factor: np.ndarray
+    after: np.ndarray
+    norm_before: np.ndarray
+    norm_after: np.ndarray
+    cosine: np.ndarray
+    clipped: float
+
+
+def policy_like(
+    limit: Any, groups: Groups | None, response: Response | None, norm: str, eps: float, nonfinite: Any
+) -> Policy:
+    """The policy that the arguments of `History.replay` stand for."""
+    where = "History.replay"
+    policy = policy_of(limit)
+    if policy is not None:
+        if groups is not None or response is not None or eps or nonfinite != "propagate":
+            raise TypeError(f"{where}: a transformation has groups and all else of its own. Pass it alone.")
+        return policy
+    if isinstance(limit, optax.GradientTransformation | tuple) and not isinstance(limit, Limit):
+        raise TypeError(
+            f"{where}: {type(limit).__name__} is neither a limit nor made by rescale_by_norm. What acts "
+            "entry by entry, or wraps another transformation, cannot be replayed on norms."
+        )
+    groups = _groups.whole() if groups is None else groups
+    response = _responses.clip() if response is None else response
+    options = checked(where, groups, norm_called(norm), response, eps, nonfinite, None)
+    return Policy(as_limit(limit, where), options)
+
+
+def replay(history: Any, policy: Policy) -> Replay:
+    """Runs a policy over a `History`."""
+    options, own = policy.options, history.regrouped(policy.options.groups)
+    norm = _wanted(history, options)
+    count = len(own.table.names)
+    parts = [own.measured] if np.all(own.scaled[own.measured]) else [own.measured & own.scaled, own.measured]
+    each = [_norms(history, history.norms, own, of, norm) for of in (*parts, own.measured & ~own.scaled)]
+    params = None
+    if policy.limit.needs_params:
+        if history.params is None:
+            raise ValueError(
+                "History.replay: the limit is relative to the parameters, whose norms were not recorded. "
+                "Make the recording with record(params=True)."
+            )
+        params = _norms(history, history.params, own, own.measured, norm)
+    empty = np.zeros((len(history.norms), 0))
+    done = [empty] * 3
+    if count and len(history.norms):
+        free, fixed = (each[0], each[2]) if len(parts) == 2 else (None, None)
+        done = _run(history.steps, each[len(parts) - 1], free, fixed, params, policy, own.table)
+        if history.sizes is None and np.isnan(done[0]).any() and not np.isnan(each[len(parts) - 1]).any():
+            raise ValueError(
+                "History.replay: the limit depends on the sizes of the groups, which are not known. Pass "
+                "History(..., sizes=...), the number of entries of each."
+            )
+    limit, factor, after = done
+    before = history.whole
+    by_row = np.ones_like(history.norms)
+    scaled = own.scaled & (own.place >= 0)
+    by_row[:, scaled] = factor[:, own.place[scaled]]
+    ended = put_together(
+        by_row * history.norms, history.sizes, np.zeros(len(own.place), int), 1, history.norm
+    )
+    touched = (factor != 1) & np.isfinite(each[len(parts) - 1])
+    return Replay(
+        names=own.table.names,
+        steps=history.steps,
+        norm=each[len(parts) - 1],
+        limit=limit,
+        factor=factor,
+        after=after,
+        norm_before=before,
+        norm_after=ended[:, 0],
+        cosine=cosine(history.norms, by_row, history.sizes, history.norm),
+        clipped=float(touched.any(axis=1).mean()) if len(touched) else 0.0,
+    )
+
+
+def _wanted(history: Any, options: Options) -> str:
+    """The norm that a policy measures, which must be one that the recorded norms give."""
+    wanted = name_of(options.norm)
+    if wanted != history.norm and {wanted, history.norm} != {"l2", "rms"}:
+        raise ValueError(
+            f"History.replay: the policy measures {wanted}, the recording holds {history.norm}. Make it with "
+            "record(norm=...) of the same norm."
+        )
+    if wanted != history.norm and history.sizes is None:
+        raise ValueError(
+            f"History.replay: to get {wanted} from {history.norm} takes the sizes of the groups, which are "
+            "not known. Pass History(..., sizes=...), the number of entries of each."
+        )
+    return wanted
+
+
+def _norms(history: Any, norms: np.ndarray, own: Regrouped, of: np.ndarray, norm: str) -> np.ndarray:
+    """The norms of groups, of those of their rows that `of` marks: `(steps, groups)`."""
+    place = np.where(of, own.place, -1)
+    found = put_together(norms, history.sizes, place, len(own.table.names), history.norm)
+    if norm == history.norm:
+        return found
+    sizes = np.bincount(place[place >= 0], history.sizes[place >= 0], len(own.table.names))
+    root = np.sqrt(np.maximum(sizes, 1))
+    return found / root if norm == "rms" else found * root
+
+
+def _run(
+    steps: np.ndarray,
+    norm: np.ndarray,
+    free: np.ndarray | None,
+    fixed: np.ndarray | None,
+    params: np.ndarray | None,
+    policy: Policy,
+    table: Table,
+) -> list[np.ndarray]:
+    """The limits, the factors and the norms afterwards, `(steps, groups)` each."""
+    rule, options = policy.limit, policy.options
+    start = rule.init(table)
+    # What remembers norms starts with the first of the recording, as training starts with step 0.
+    steps = steps - steps[0] if jax.tree.leaves(start) else steps
+
+    def single(x: np.ndarray) -> np.ndarray:
+        return np.where(x < np.inf, np.minimum(x, LARGEST), x).astype(np.float32)
+
+    def step(state: Any, now: Any) -> Any:
+        at, norm, free, fixed, of_params = now
+        found = Measured(norm, norm * jnp.float32(TINY), fixed, free)
+        total = merge(options.norm, jnp.where(jnp.isfinite(norm), norm, 0), table.sizes)
+        context = Context(at, table, options.norm, options.response, total, of_params)
+        stats, _, _, new = decide(rule, state, found, context, options)
+        new = jax.tree.map(lambda new, old: new.astype(old.dtype), new, state)
+        return new, (stats.limit, stats.factor, stats.norm_after)
+
+    given = steps.astype(np.int32), *jax.tree.map(single, (norm, free, fixed, params))
+    _, found = jax.jit(lambda start, given: jax.lax.scan(step, start, given))(start, given)
+    return [np.asarray(x, np.float64) for x in found]
+
+
+def cosine(
+    norms: Float[np.ndarray, "steps rows"],
+    factors: Float[np.ndarray, "steps rows"],
+    sizes: Float[np.ndarray, "rows"] | None,
+    norm: str,
+) -> Float[np.ndarray, "steps"]:
+    """The cosine of the angle between updates and what is left of them when rows are scaled, `(steps,)`."""
+    if norm not in ("l2", "rms"):
+        return np.full(len(norms), np.nan)
+    lengths = norms if norm == "l2" or sizes is None else norms * np.sqrt(sizes)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        lengths = lengths / lengths.max(axis=1, keepdims=True, initial=0)
+        after = lengths * factors
+        after = after / after.max(axis=1, keepdims=True, initial=0)
+        sums = (lengths * after).sum(axis=1), (lengths**2).sum(axis=1), (after**2).sum(axis=1)
+        return np.minimum(sums[0] / np.sqrt(sums[1] * sums[2]), 1)

@@ -1,0 +1,251 @@
+"""A recording of group norms: saved, replayed, compared, looked at, and asked for advice."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from optaxclip import _checks, groups as _groups, norms as _norms
+from optaxclip._base import Groups, Norm, PyTree, Response
+from optaxclip._record import RecordState
+from optaxclip._recording import FirstNonfinite, Run, Stretch, fields, first_nonfinite, run_of
+from optaxclip._replay import Replay, policy_like, replay
+from optaxclip._rows import Regrouped, Row, Source, name_of, put_together, regroup, rows_of
+
+__all__ = ["FirstNonfinite", "History", "Run", "Stretch"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
+class History:
+    """A recording of the norms of groups, update by update.
+
+    From `record` by `from_state`; from anything else that logged norms by `from_metrics`, `from_csv`,
+    `from_jsonl`, or from arrays by the constructor.
+
+    Attributes:
+      names: a name for each row, in order.
+      norms: the norms, float64 `(steps, rows)`; NaN or infinite where an entry was.
+      steps: the number of each update, from 0, int64 `(steps,)`, ascending.
+      loss: the loss of each, float64 `(steps,)`; None if it was not recorded.
+      params: the norms of the parameters, `(steps, rows)`; None likewise.
+      start: the norms of the parameters at the start, `(rows,)`; None likewise.
+      sizes: how many entries each row has, `(rows,)`; None if that is not known.
+      norm: which norm was measured: `"l2"`, `"l1"`, `"linf"`, `"rms"`, `"spectral"` or `"lp(3.0)"`.
+      rows: the leaves that each row is the norm of.
+      run: what is known of the whole run; None unless it comes from `record`.
+
+    >>> import numpy as np, optaxclip as oc
+    >>> norms = np.array([[3.0, 4.0], [30.0, 40.0]])
+    >>> history = oc.History(["layer_1/kernel", "layer_2/kernel"], norms)
+    >>> print(history.whole)
+    [ 5. 50.]
+    >>> print(history.replay(oc.clip_by_global_norm(10.0)).norm_after.round(3))
+    [ 5. 10.]
+    """
+
+    names: tuple[str, ...]
+    norms: np.ndarray
+    steps: np.ndarray
+    loss: np.ndarray | None
+    params: np.ndarray | None
+    start: np.ndarray | None
+    sizes: np.ndarray | None
+    norm: str
+    rows: tuple[Row, ...]
+    run: Run | None
+
+    def __init__(
+        self,
+        names: Sequence[str | Sequence[str]],
+        norms: Any,
+        *,
+        steps: Any = None,
+        loss: Any = None,
+        params: Any = None,
+        start: Any = None,
+        sizes: Any = None,
+        norm: str = "l2",
+    ):
+        """A recording from arrays.
+
+        Args:
+          names: the path of each leaf, its keys joined with `/`, or a tuple of the keys.
+          norms: the norm of each leaf at each step, `(steps, leaves)`.
+          steps: the number of each update; by default from 0 on.
+          loss: the loss of each, `(steps,)`.
+          params: the norms of the parameters, `(steps, leaves)`.
+          start: the norms of the parameters at the start, `(leaves,)`.
+          sizes: how many entries each leaf has, `(leaves,)`.
+          norm: which norm it is.
+
+        Raises:
+          TypeError: if an array holds no numbers.
+          ValueError: if shapes do not fit, a norm is negative, steps do not ascend, a name comes twice, or
+            there is no such norm.
+        """
+        keys = [tuple(name.split("/")) if isinstance(name, str) else tuple(name) for name in names]
+        rows = tuple(Row("/".join(own), (Source(own),)) for own in keys)
+        given = {"steps": steps, "loss": loss, "params": params, "start": start, "sizes": sizes}
+        self.__dict__.update(fields(rows, norms, norm, **given))
+
+    @classmethod
+    def _of(cls, rows: tuple[Row, ...], norms: Any, norm: str, **given: Any) -> "History":
+        """A recording of rows that may be more than leaves."""
+        new = object.__new__(cls)
+        new.__dict__.update(fields(rows, norms, norm, **given))
+        return new
+
+    @classmethod
+    def from_state(
+        cls,
+        opt_state: PyTree,
+        params: PyTree,
+        groups: Groups = _groups.leaf(),
+        norm: Norm = _norms.l2(),
+    ) -> "History":
+        """The recording in an optimizer's state.
+
+        Args:
+          opt_state: a `RecordState`, or any state that holds one.
+          params: the tree that `init` was given: parameters, updates or `jax.ShapeDtypeStruct`.
+          groups: the groups that `record` was given.
+          norm: the norm that it was given.
+
+        Raises:
+          TypeError: if an argument is of the wrong type.
+          ValueError: if there is not exactly one `RecordState`, or it has not as many rows as the groups.
+        """
+        where = "History.from_state"
+        _checks.spec(where, Groups, groups=groups)
+        _checks.spec(where, Norm, norm=norm)
+        states = [
+            x
+            for x in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, RecordState))
+            if isinstance(x, RecordState)
+        ]
+        if len(states) != 1:
+            raise ValueError(
+                f"{where}: {len(states) or 'no'} RecordState in a state of type {type(opt_state).__name__}. "
+                "Pass the state of an optimizer with one oc.record() in it, or the RecordState itself."
+            )
+        state: RecordState = jax.device_get(states[0])
+        rows, table = rows_of(groups, params)
+        if len(rows) != len(state.start):
+            raise ValueError(
+                f"{where}: the state has {len(state.start)} rows; these groups and parameters have "
+                f"{len(rows)}: {_checks.listed(table.names)}. Pass the groups and the tree that record had."
+            )
+        updates, capacity = int(state.step), len(state.norm)
+        steps = np.arange(max(0, updates - capacity), updates)
+        kept = steps % capacity
+        return cls._of(
+            rows,
+            state.norm[kept],
+            name_of(norm),
+            steps=steps,
+            loss=None if np.isnan(state.loss).all() else state.loss[kept],
+            params=state.params[kept] if len(state.params) else None,
+            start=None if np.isnan(state.start).any() else state.start,
+            sizes=table.sizes,
+            run=run_of(state),
+        )
+
+    def __len__(self) -> int:
+        """How many updates it holds."""
+        return len(self.norms)
+
+    @property
+    def whole(self) -> np.ndarray:
+        """The norm of all rows together, `(steps,)`."""
+        together = np.zeros(len(self.rows), int)
+        return put_together(self.norms, self.sizes, together, 1, self.norm)[:, 0]
+
+    def regrouped(self, groups: Groups) -> Regrouped:
+        """Which rows a grouping puts together, and how; `regroup` does it."""
+        _checks.spec("History.regroup", Groups, groups=groups)
+        return regroup(self.rows, self.sizes, groups)
+
+    def regroup(self, groups: Groups) -> "History":
+        """The recording of coarser groups, as if it had been made with them.
+
+        What the grouping leaves alone is left out, and what it does not measure. Of the whole run only the
+        last updates are kept, since histograms and maxima cannot be put together.
+
+        Args:
+          groups: one of `optaxclip.groups`.
+
+        Raises:
+          ValueError: if it divides what was recorded as one, or asks for shapes that are not known.
+
+        >>> import optaxclip as oc
+        >>> history = oc.History(["a/kernel", "a/bias", "b/kernel"], [[3.0, 4.0, 1.0]])
+        >>> coarse = history.regroup(oc.groups.layer())
+        >>> print(coarse.names, coarse.norms)
+        ('a', 'b') [[5. 1.]]
+        """
+        own = self.regrouped(groups)
+        count = len(own.table.names)
+        place = np.where(own.measured, own.place, -1)
+
+        def together(norms: np.ndarray | None) -> np.ndarray | None:
+            return None if norms is None else put_together(norms, self.sizes, place, count, self.norm)
+
+        start = together(None if self.start is None else self.start[None])
+        return self._of(
+            own.rows,
+            put_together(self.norms, self.sizes, place, count, self.norm),
+            self.norm,
+            steps=self.steps,
+            loss=self.loss,
+            params=together(self.params),
+            start=None if start is None else start[0],
+            sizes=None if self.sizes is None else own.table.sizes,
+        )
+
+    def replay(
+        self,
+        limit: Any,
+        groups: Groups | None = None,
+        response: Response | None = None,
+        *,
+        eps: float = 0.0,
+        nonfinite: Literal["propagate", "zero"] = "propagate",
+    ) -> Replay:
+        """What a policy would have done to these updates, by the same code as in training.
+
+        It is exact: a policy that goes by norms depends on an update only through the norms of its groups. It
+        does not know that other updates would have led to other gradients later on. A limit that remembers
+        norms starts with the first recorded update; schedules are asked for the number of each.
+
+        Args:
+          limit: a number, a schedule or one of `optaxclip.limits`; or a transformation made by
+            `rescale_by_norm` or by a method of its kind, which brings all else.
+          groups: which rows share a norm, one of `optaxclip.groups`; by default all do.
+          response: what groups are multiplied by, one of `optaxclip.responses`; by default `clip()`.
+          eps: as in `rescale_by_norm`.
+          nonfinite: likewise.
+
+        Raises:
+          TypeError: if the transformation cannot be replayed on norms, or an argument is of the wrong type.
+          ValueError: if groups are finer than the recording, or it lacks what the limit needs.
+
+        >>> import optaxclip as oc
+        >>> history = oc.History(["a", "b"], [[3.0, 4.0], [3.0, 40.0]])
+        >>> found = history.replay(5.0, oc.groups.leaf())
+        >>> print(found.factor.round(3).tolist(), found.clipped)
+        [[1.0, 1.0], [1.0, 0.125]] 0.5
+        """
+        return replay(self, policy_like(limit, groups, response, self.norm, eps, nonfinite))
+
+    def first_nonfinite(self) -> FirstNonfinite | None:
+        """The first update of the run, or of the recording, in which a norm was not finite; None if none was.
+
+        >>> import numpy as np, optaxclip as oc
+        >>> history = oc.History(["layer_1", "layer_2", "layer_3"], [[1, 1, 1], [np.nan, np.inf, 9]])
+        >>> found = history.first_nonfinite()
+        >>> print(found.step, found.names, found.deepest_finite)
+        1 ('layer_1', 'layer_2') layer_3
+        """
+        return first_nonfinite(self)
