@@ -35,7 +35,9 @@ class Replay:
       norm_after: the same afterwards.
       cosine: of the angle between the whole update before and after, `(steps,)`. NaN where one of them is
         zero or not finite, and where norms other than `l2` and `rms` were recorded, which have no angles.
-      clipped: in which share of the updates any group's factor was not 1.
+      by_row: the factor of each recorded row, 1 where the policy leaves it alone, `(steps, rows)`.
+      acted: in which updates any group's factor was not 1, bool `(steps,)`; groups that are not finite do
+        not count.
     """
 
     names: tuple[str, ...]
@@ -47,7 +49,13 @@ class Replay:
     norm_before: np.ndarray
     norm_after: np.ndarray
     cosine: np.ndarray
-    clipped: float
+    by_row: np.ndarray
+    acted: np.ndarray
+
+    @property
+    def clipped(self) -> float:
+        """In which share of the updates any group's factor was not 1."""
+        return float(self.acted.mean()) if len(self.acted) else 0.0
 
 
 def policy_like(
@@ -115,7 +123,8 @@ def replay(history: Any, policy: Policy) -> Replay:
         norm_before=before,
         norm_after=ended[:, 0],
         cosine=cosine(history.norms, by_row, history.sizes, history.norm),
-        clipped=float(touched.any(axis=1).mean()) if len(touched) else 0.0,
+        by_row=by_row,
+        acted=touched.any(axis=1),
     )
 
 

@@ -1,7 +1,7 @@
 """A recording of group norms: saved, replayed, compared, looked at, and asked for advice."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 
 from optaxclip import _checks, groups as _groups, norms as _norms
 from optaxclip._base import Groups, Norm, PyTree, Response
+from optaxclip._compare import Comparison, compare
 from optaxclip._record import RecordState
 from optaxclip._recording import FirstNonfinite, Run, Stretch, fields, first_nonfinite, run_of
 from optaxclip._replay import Replay, policy_like, replay
@@ -238,6 +239,26 @@ class History:
         [[1.0, 1.0], [1.0, 0.125]] 0.5
         """
         return replay(self, policy_like(limit, groups, response, self.norm, eps, nonfinite))
+
+    def compare(self, policies: Mapping[str, Any] | Sequence[Any]) -> Comparison:
+        """What several policies would have done, side by side.
+
+        Args:
+          policies: from a name to what `replay` takes: a transformation, a limit on the whole, or a `Replay`.
+            A list is numbered.
+
+        Raises:
+          TypeError: as in `replay`.
+          ValueError: likewise.
+
+        >>> import optaxclip as oc
+        >>> history = oc.History(["a", "b"], [[3.0, 4.0]] * 9 + [[3.0, 400.0]])
+        >>> policies = {"global": oc.clip_by_global_norm(6.0), "leaf": oc.clip_by_leafwise_norm(6.0)}
+        >>> found = history.compare(policies)
+        >>> print([(row.name, round(row.spike_cut, 1), round(row.spread, 1)) for row in found.rows])
+        [('global', 66.7, 1.0), ('leaf', 59.6, 66.7)]
+        """
+        return compare(self, policies)
 
     def first_nonfinite(self) -> FirstNonfinite | None:
         """The first update of the run, or of the recording, in which a norm was not finite; None if none was.

@@ -1,0 +1,142 @@
+"""Policies side by side on one recording."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from optaxclip._ordinary import spikes
+from optaxclip._replay import Replay
+
+
+class Compared(NamedTuple):
+    """What a policy would have done to a recording.
+
+    Attributes:
+      name: what it is called.
+      clipped: in which share of the steps it would have acted.
+      touched: in which share of the ordinary steps.
+      largest_after: the largest norm of a whole update that it would have let through; NaN if all are.
+      spike_cut: by what spikes would have been divided, the median over them; NaN if there are none.
+      cosine_mean: of the angle by which it would have turned the updates it acts on, the mean; 1 if it acts
+        on none, NaN where angles are not known.
+      cosine_worst: the least of them.
+      spread: by how much it would have changed the sizes of rows against each other, the median over the
+        steps it acts on of the largest factor over the least; 1 keeps them.
+    """
+
+    name: str
+    clipped: float
+    touched: float
+    largest_after: float
+    spike_cut: float
+    cosine_mean: float
+    cosine_worst: float
+    spread: float
+
+
+COLUMNS = {
+    "clipped": "steps clipped",
+    "touched": "ordinary steps clipped",
+    "largest_after": "largest norm after",
+    "spike_cut": "spikes divided by",
+    "cosine_mean": "mean cosine",
+    "cosine_worst": "worst cosine",
+    "spread": "rows against each other",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Policies side by side on one recording; `str()` is a table.
+
+    Attributes:
+      rows: what each would have done.
+      steps: how many steps the recording has.
+      ordinary: how many of them are ordinary.
+    """
+
+    rows: tuple[Compared, ...]
+    steps: int
+    ordinary: int
+
+    def cells(self) -> list[list[str]]:
+        """The table as text, its head first."""
+        lines = [["policy", *COLUMNS.values()]]
+        for row in self.rows:
+            values = row._asdict()
+            lines.append([row.name, *(_shown(key, values[key]) for key in COLUMNS)])
+        return lines
+
+    def __str__(self) -> str:
+        cells = self.cells()
+        widths = [max(len(line[k]) for line in cells) for k in range(len(cells[0]))]
+        lines = [
+            "  ".join(
+                x.rjust(w) if k else x.ljust(w) for k, (x, w) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in cells
+        ]
+        spikes = self.steps - self.ordinary
+        return "\n".join([f"{self.steps} steps, {spikes} of them spikes", *lines])
+
+    def table(self) -> Any:
+        """The same as a `rich.table.Table`."""
+        from rich.table import Table
+
+        head, *lines = self.cells()
+        table = Table(title=f"{self.steps} steps, {self.steps - self.ordinary} of them spikes")
+        for k, name in enumerate(head):
+            table.add_column(name, justify="right" if k else "left")
+        for line in lines:
+            table.add_row(*line)
+        return table
+
+
+def _shown(key: str, value: float) -> str:
+    if np.isnan(value):
+        return "–"
+    if key in ("clipped", "touched"):
+        return f"{value:.1%}"
+    if key.startswith("cosine"):
+        return f"{value:.3f}"
+    return f"{value:.3g}"
+
+
+def compare(history: Any, policies: Mapping[str, Any] | Sequence[Any]) -> Comparison:
+    """Replays policies on a `History` and sums up what each would have done."""
+    if not isinstance(policies, Mapping):
+        policies = {f"policy {k + 1}": policy for k, policy in enumerate(policies)}
+    ordinary = ~spikes(history.whole[:, None]).spike[:, 0]
+    rows = []
+    for name, policy in policies.items():
+        found = policy if isinstance(policy, Replay) else history.replay(policy)
+        rows.append(_summed_up(str(name), found, ordinary))
+    return Comparison(tuple(rows), len(history), int(ordinary.sum()))
+
+
+def _summed_up(name: str, found: Replay, ordinary: np.ndarray) -> Compared:
+    acted = found.acted
+    finite = np.isfinite(found.norm_after)
+    before, after = found.norm_before, found.norm_after
+    spike = ~ordinary & finite & np.isfinite(before) & (after > 0)
+    turned = found.cosine[acted & finite]
+    turned = turned[~np.isnan(turned)]
+    known = not np.isnan(found.cosine).all() or not len(found.cosine)
+    least, most = found.by_row.min(axis=1, initial=np.inf), found.by_row.max(axis=1, initial=0)
+    changed = acted & finite & (least > 0)
+    return Compared(
+        name=name,
+        clipped=_mean(acted),
+        touched=_mean(acted[ordinary]),
+        largest_after=float(after[finite].max()) if finite.any() else np.nan,
+        spike_cut=float(np.median(before[spike] / after[spike])) if spike.any() else np.nan,
+        cosine_mean=float(turned.mean()) if len(turned) else (1.0 if known else np.nan),
+        cosine_worst=float(turned.min()) if len(turned) else (1.0 if known else np.nan),
+        spread=float(np.median(most[changed] / least[changed])) if changed.any() else 1.0,
+    )
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else 0.0
