@@ -5,9 +5,11 @@ and multiply each group by what the response (`responses`) says.
 """
 
 from optaxclip import groups, limits, norms, responses
+from optaxclip._advice import Advice
 from optaxclip._base import Context, Groups, Leaf, Limit, Member, Norm, Response, Stats, Table
 from optaxclip._carry import CarryState, carry_clipped
 from optaxclip._centralize import centralize
+from optaxclip._compare import Comparison
 from optaxclip._coordinate import (
     ACClipState,
     AdaptiveValueClipState,
@@ -18,6 +20,7 @@ from optaxclip._coordinate import (
 )
 from optaxclip._describe import describe
 from optaxclip._elementwise import ClipByValueState, clip_by_value
+from optaxclip._evidence import Rule
 from optaxclip._matrices import SpectralState
 from optaxclip._metrics import metrics
 from optaxclip._named import (
@@ -65,8 +68,10 @@ __version__ = "0.1.0"
 __all__ = [
     "ACClipState",
     "AdaptiveValueClipState",
+    "Advice",
     "CarryState",
     "ClipByValueState",
+    "Comparison",
     "Context",
     "Groups",
     "History",
@@ -81,6 +86,7 @@ __all__ = [
     "RescaleState",
     "ResetMomentumState",
     "Response",
+    "Rule",
     "ScaleByStableAdamState",
     "SkipState",
     "SpectralState",

@@ -8,8 +8,11 @@ import jax
 import numpy as np
 
 from optaxclip import _checks, groups as _groups, norms as _norms
+from optaxclip._advice import Advice
+from optaxclip._advise import advise
 from optaxclip._base import Groups, Norm, PyTree, Response
 from optaxclip._compare import Comparison, compare
+from optaxclip._evidence import Rule
 from optaxclip._record import RecordState
 from optaxclip._recording import FirstNonfinite, Run, Stretch, fields, first_nonfinite, run_of
 from optaxclip._replay import Replay, policy_like, replay
@@ -259,6 +262,37 @@ class History:
         [('global', 66.7, 1.0), ('leaf', 59.6, 66.7)]
         """
         return compare(self, policies)
+
+    def advise(
+        self,
+        budget: float = 0.05,
+        optimizer: Literal["sgd", "adam"] = "sgd",
+        learning_rate: float | None = None,
+        *,
+        rule: Rule = Rule(),
+    ) -> Advice:
+        """Which grouping to clip by, at which limit, and why; `docs/choosing.md` has the rule.
+
+        Record gradients before anything acts on them, some hundred steps or until the run fails.
+
+        Args:
+          budget: which share of ordinary steps clipping may touch, from 0 to 0.5.
+          optimizer: what follows the clipping: `"sgd"` for steps in proportion to the update, with or without
+            momentum, `"adam"` for those that do not depend on its size.
+          learning_rate: the optimizer's, at the start. With it and SGD, the length of steps is judged too.
+          rule: the constants of the rule.
+
+        Raises:
+          ValueError: if an argument is outside its range, or unknown.
+
+        >>> import numpy as np, optaxclip as oc
+        >>> norms = np.exp(0.2 * np.random.default_rng(0).standard_normal((300, 3)))
+        >>> norms[[50, 120, 250]] *= 100
+        >>> advice = oc.History(["layer_1/kernel", "layer_2/kernel", "head/kernel"], norms).advise()
+        >>> print(advice.code)
+        oc.clip_by_global_norm(2.15)
+        """
+        return advise(self, budget, optimizer, learning_rate, rule)
 
     def first_nonfinite(self) -> FirstNonfinite | None:
         """The first update of the run, or of the recording, in which a norm was not finite; None if none was.

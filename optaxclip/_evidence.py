@@ -1,0 +1,170 @@
+"""What a recording says about clipping: the numbers that advice goes by."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from optaxclip._ordinary import Spikes, spikes
+
+
+class Rule(NamedTuple):
+    """Every constant that the advice depends on, with the reason for its value; see `docs/choosing.md`.
+
+    Attributes:
+      least_steps: below so many finite steps nothing is known of how norms scatter: of 50, the largest
+        twentieth are two or three.
+      sigmas: see `spikes`.
+      factor: likewise.
+      window: likewise.
+      concentrated: the share of the excess that makes its groups the culprits. 0.8 leaves the others, taken
+        together, norms of less than half of theirs.
+      few: culprits may be at most this part of all groups, else all share in it.
+      together: groups spike together if in a spike of the whole at least this part of them spikes.
+      drift: norms drift if their level changes by this factor within the recording.
+      at_limit: the recording is of clipped updates if this part of it shares its largest norm.
+      step: the length of a step relative to the weights that is safe without knowing more: the trust
+        coefficient of LARS (You et al., 2017).
+      high: the length of a step relative to the weights from which on the learning rate is to blame: at 0.1,
+        ten steps in a row replace the weights.
+      resamples: of the bootstrap behind the interval.
+    """
+
+    least_steps: int = 50
+    sigmas: float = 4.0
+    factor: float = 2.0
+    window: int = 65
+    concentrated: float = 0.8
+    few: float = 1 / 3
+    together: float = 0.5
+    drift: float = 3.0
+    at_limit: float = 0.2
+    step: float = 1e-3
+    high: float = 0.1
+    resamples: int = 1000
+
+
+class Evidence(NamedTuple):
+    """What a recording shows; groups are those it is asked about.
+
+    Attributes:
+      names: the groups.
+      norms: their norms, `(steps, groups)`, up to the first that is not finite.
+      whole: the norm of all together, `(steps,)`.
+      calm: which steps came before norms began to grow towards the first one that is not finite, `(steps,)`.
+      spike: which of the steps are spikes of the whole, `(steps,)`.
+      any_spike: in which any group spikes, `(steps,)`.
+      shares: the share of each group in the excess of spikes, `(groups,)`; zeros if there is none.
+      effective: the effective number of groups in it, 1 / Σ shares².
+      together: the share of groups that spike in a spike of the whole, the median; NaN without spikes.
+      alone: the share of all steps in which some group spikes and the whole does not.
+      drift: the level of the whole at the end over that at the start.
+      growth: how often the whole doubled per step before the first norm that is not finite; 0 if all are.
+      dominant: the share of each group in the squared norm of ordinary steps, the median, `(groups,)`.
+      clipped_at: the norm that many steps share as their largest; NaN if they do not.
+      nonfinite: the first step that is not finite; None if all are.
+    """
+
+    names: tuple[str, ...]
+    norms: np.ndarray
+    whole: np.ndarray
+    calm: np.ndarray
+    spike: np.ndarray
+    any_spike: np.ndarray
+    shares: np.ndarray
+    effective: float
+    together: float
+    alone: float
+    drift: float
+    growth: float
+    dominant: np.ndarray
+    clipped_at: float
+    nonfinite: Any
+
+    @property
+    def ordinary(self) -> np.ndarray:
+        """Which steps are neither spikes nor part of the growth towards the end, `(steps,)`."""
+        return self.calm & ~self.spike
+
+
+def evidence(history: Any, rule: Rule) -> Evidence:
+    """Weighs a `History`, whose rows are the groups that advice is asked about."""
+    bad = ~np.isfinite(history.norms).all(axis=1)
+    end = int(np.argmax(bad)) if bad.any() else len(bad)
+    lone = end < len(bad) and not bad[end:].all()  # training went on: what was not finite is a spike
+    kept = ~bad if lone else np.arange(len(bad)) < end
+    norms, whole = history.norms[kept], history.whole[kept]
+    calm, growth = np.ones(len(whole), bool), 0.0
+    if end < len(bad) and not lone:
+        calm, growth = _calm(whole, rule)
+    of_groups, of_whole = _spikes(norms, rule), _spikes(whole[:, None], rule)
+    spike = of_whole.spike[:, 0]
+    shares = _shares(norms, of_groups, calm & spike)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        dominant = np.median(norms[calm] ** 2 / (norms[calm] ** 2).sum(axis=1, keepdims=True), axis=0)
+    seen = calm & spike
+    return Evidence(
+        names=history.names,
+        norms=norms,
+        whole=whole,
+        calm=calm,
+        spike=spike,
+        any_spike=of_groups.spike.any(axis=1),
+        shares=shares,
+        effective=float(1 / (shares**2).sum()) if shares.any() else np.nan,
+        together=float(np.median(of_groups.spike[seen].mean(axis=1))) if seen.any() else np.nan,
+        alone=float((of_groups.spike.any(axis=1) & ~spike)[calm].mean()) if calm.any() else 0.0,
+        drift=_drift(of_whole.level[calm, 0]),
+        growth=growth,
+        dominant=np.nan_to_num(dominant),
+        clipped_at=_shared_maximum(whole, rule),
+        nonfinite=history.first_nonfinite(),
+    )
+
+
+def _spikes(norms: np.ndarray, rule: Rule) -> Spikes:
+    return spikes(norms, rule.sigmas, rule.factor, rule.window)
+
+
+def _calm(whole: np.ndarray, rule: Rule) -> tuple[np.ndarray, float]:
+    """Which steps came before the growth that ended in a norm that is not finite, and how fast that was.
+
+    The growth begins after the last step whose norm is no more than `factor` times the median of all norms
+    up to it.
+    """
+    calm = np.zeros(len(whole), bool)
+    if not len(whole):
+        return calm, 0.0
+    medians = np.array([np.median(whole[: k + 1]) for k in range(len(whole))])
+    last = int(np.flatnonzero(whole <= rule.factor * medians)[-1])  # the first step always is
+    calm[: last + 1] = True
+    steps = len(whole) - 1 - last
+    with np.errstate(divide="ignore"):
+        doublings = np.log2(whole[-1] / whole[last]) if steps and whole[last] > 0 else 0.0
+    return calm, float(doublings / max(steps, 1))
+
+
+def _shares(norms: np.ndarray, found: Spikes, seen: np.ndarray) -> np.ndarray:
+    """The share of each group in what spikes are above the ordinary, averaged over spikes."""
+    if not seen.any():
+        return np.zeros(norms.shape[1])
+    level = np.nan_to_num(found.level[seen])
+    top = norms[seen].max(axis=1, keepdims=True)
+    excess = np.maximum((norms[seen] / top) ** 2 - (level / top) ** 2, 0)
+    total = excess.sum(axis=1, keepdims=True)
+    return (excess / np.where(total > 0, total, 1)).mean(axis=0)
+
+
+def _drift(level: np.ndarray) -> float:
+    """The level in the last tenth of the steps over that in the first."""
+    known = level[~np.isnan(level)]
+    tenth = max(1, len(known) // 10)
+    return float(np.median(known[-tenth:]) / np.median(known[:tenth])) if len(known) else 1.0
+
+
+def _shared_maximum(whole: np.ndarray, rule: Rule) -> float:
+    """The largest norm, if so many steps share it that a limit must have held them; else NaN."""
+    if len(whole) < rule.least_steps or not whole.max() > 0:
+        return np.nan
+    # Clipped norms differ from the limit by roundings, up to 2^-8 for bfloat16.
+    same = whole >= whole.max() * (1 - 2.0**-7)
+    return float(whole.max()) if same.mean() >= rule.at_limit and len(np.unique(whole)) > 1 else np.nan
