@@ -1,43 +1,16 @@
 """Step for step beside what others published: the extra `peers` brings their packages."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from peers import SHAPES, STEPS, assert_same, gradients, ours
 
 import optaxclip as oc
 
 torch = pytest.importorskip("torch", reason="the extra 'peers' is not installed")
 
-SHAPES = {"a": (3, 2), "b": (4,)}
-STEPS = 200
-
-
-def gradients(seed):
-    """200 updates with ordinary noise and three spikes, finite and never zero, float32."""
-    rng = np.random.default_rng(seed)
-    sizes = 0.3 * np.exp(0.3 * rng.normal(size=STEPS))
-    sizes[[60, 90, 150]] *= [20.0, 200.0, 5.0]
-    sizes[170:] *= 1.5
-    return {
-        name: (sizes.reshape((-1,) + (1,) * len(shape)) * rng.normal(size=(STEPS, *shape))).astype(np.float32)
-        for name, shape in SHAPES.items()
-    }
-
-
-def ours(tx, grads):
-    """The updates of every step."""
-
-    def step(state, grads):
-        updates, state = tx.update(grads, state)
-        return state, updates
-
-    start = tx.init({name: jnp.zeros(shape) for name, shape in SHAPES.items()})
-    return jax.device_get(jax.jit(lambda grads: jax.lax.scan(step, start, grads)[1])(grads))
-
 
 def theirs(grads, make):
-    """The same from something with PyTorch's parameters; `make` returns what to call at every step."""
+    """The updates of every step of something with PyTorch's parameters; `make` returns what to call."""
     model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.zeros(s)) for name, s in SHAPES.items()})
     clip, out = make(model), []
     for k in range(STEPS):
@@ -46,11 +19,6 @@ def theirs(grads, make):
         clip()
         out.append({name: parameter.grad.numpy().copy() for name, parameter in model.items()})
     return {name: np.stack([step[name] for step in out]) for name in SHAPES}
-
-
-def assert_same(ours, theirs, rtol):
-    for name in SHAPES:
-        np.testing.assert_allclose(ours[name], theirs[name], rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("max_norm", [0.01, 1.0, 100.0])
