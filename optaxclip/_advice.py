@@ -17,6 +17,8 @@ from optaxclip._named import (
     clip_by_leafwise_norm,
 )
 
+LISTED = 12  # groups; of more the limits no longer fit into a line of code
+
 PolicyName: TypeAlias = Literal["none", "global", "layerwise", "leafwise", "outliers", "undecided"]
 
 
@@ -106,7 +108,12 @@ def by_leaf(limit: float | Limit, code: str) -> Chosen:
     return Chosen(_groups.leaf(), limit, f"oc.clip_by_leafwise_norm({code})", made)
 
 
-def only(patterns: dict[str | None, str], limit: float | Limit, code: str) -> Chosen:
+def alternatives(patterns: list[str]) -> str | list[str]:
+    """Patterns as `groups.regex` takes them."""
+    return patterns[0] if len(patterns) == 1 else patterns
+
+
+def only(patterns: dict[str | None, str | list[str]], limit: float | Limit, code: str) -> Chosen:
     """Clipping of some groups by their own norms, and of no others."""
     groups = _groups.regex(patterns)
     line = f"oc.clip_by_groupwise_norm({code}, oc.groups.regex({patterns!r}))"

@@ -1,59 +1,39 @@
-"""The rule behind `History.advise`: from evidence to a policy and its limit; `docs/choosing.md` explains it."""
+"""The rule behind `History.advise`, from evidence to a policy and a limit; `docs/choosing.md` explains it."""
 
 import re
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from optaxclip import _advice, _checks, groups as _groups
-from optaxclip._advice import Advice, Chosen
+from optaxclip import _advice, _checks, _reasons, groups as _groups
+from optaxclip._advice import Advice, Chosen, PolicyName
 from optaxclip._evidence import Evidence, Rule, evidence
+from optaxclip._lengths import Lengths, lengths
 from optaxclip._ordinary import spikes
 
 
-class Asked(NamedTuple):
-    """What `History.advise` was asked.
+class Case(NamedTuple):
+    """What is to be decided upon.
 
     Attributes:
       history: the recording.
       found: its evidence, row by row.
+      lengths: of the steps; None where it is not known, or where steps do not go by the size of updates.
       budget: the share of ordinary steps that clipping may touch.
       optimizer: what follows the clipping.
-      learning_rate: its learning rate at the start; None if unknown.
       rule: the constants.
     """
 
     history: Any
     found: Evidence
+    lengths: Lengths | None
     budget: float
     optimizer: str
-    learning_rate: float | None
     rule: Rule
 
 
-class Steps(NamedTuple):
-    """How long the optimizer's steps are, relative to the weights at the start.
-
-    Attributes:
-      names: the layers, or the rows where they are no leaves.
-      each: of each, the median over ordinary steps, `(layers,)`; NaN where weights start from zero.
-      whole: of all together.
-      rows: the layer of each row, `(rows,)`.
-    """
-
-    names: tuple[str, ...]
-    each: np.ndarray
-    whole: float
-    rows: np.ndarray
-
-
-def advise(
-    history: Any,
-    budget: float,
-    optimizer: Literal["sgd", "adam"],
-    learning_rate: float | None,
-    rule: Rule,
-) -> Advice:
+def advise(history: Any, budget: float, optimizer: str, learning_rate: float | None, rule: Rule) -> Advice:
     """Weighs a recording, and decides."""
     where = "History.advise"
     _checks.within(where, 0, 0.5, budget=budget)
@@ -61,306 +41,209 @@ def advise(
     if learning_rate is not None:
         _checks.positive(where, learning_rate=learning_rate)
     found = evidence(history, rule)
-    asked = Asked(history, found, budget, optimizer, learning_rate, rule)
-    refusal = _undecided(asked)
+    refusal = _reasons.undecided(history, found, rule)
     if refusal is not None:
-        return _advised("undecided", _advice.nothing(), [refusal], None, asked)
-    if _ended(found) and found.ordinary.sum() < rule.least_steps:
-        return _from_the_start(asked)
-    return _from_ordinary_steps(asked)
+        chosen = _advice.nothing()
+        return Advice("undecided", None, None, None, chosen.code, (refusal,), None, chosen.transformation)
+    steps = None if optimizer == "adam" else lengths(history, found, learning_rate, rule.step)
+    case = Case(history, found, steps, budget, optimizer, rule)
+    said = _reasons.seen(history, found, steps)
+    if optimizer == "adam":
+        return _for_adam(case, said)
+    if steps is not None:
+        if steps.whole > steps.safe or steps.first >= rule.high:
+            return _too_long(case, steps, said)
+        if found.whole.max() <= steps.limit and not found.ended:
+            said.append(_reasons.short_enough(found, steps))
+            return _advised(case, "none", _advice.nothing(), said)
+    elif found.ended and found.ordinary.sum() < rule.least_steps:
+        return _from_the_start(case, said)
+    return _beyond_the_ordinary(case, said)
 
 
-def _ended(found: Evidence) -> bool:
-    """Whether what is not finite ended the run, rather than one step of it."""
-    return found.growth > 0 or (found.nonfinite is not None and not found.calm.all())
+def _for_adam(case: Case, said: list[str]) -> Advice:
+    """Steps do not depend on the size of updates, only on how it changes."""
+    found, rule = case.found, case.rule
+    swollen = float(np.exp(found.spread**2))
+    if not (found.spike.any() or found.ended or swollen >= rule.uneven):
+        return _advised(case, "none", _advice.nothing(), [*said, _reasons.nothing_beyond(found)])
+    values = found.whole[found.ordinary] if found.ordinary.any() else found.whole[found.calm]
+    share = case.budget if len(values) >= rule.least_steps else 0.5
+    limit = _advice.rounded(float(np.quantile(values, share)))
+    within = _advice.interval(values, share, rule.resamples) if len(values) >= rule.least_steps else None
+    said = [*said, _reasons.for_adam(found, limit, swollen, rule)]
+    return _advised(case, "global", _advice.globally(limit, repr(limit)), said, within)
 
 
-def _undecided(asked: Asked) -> str | None:
-    """Why nothing can be said, if so."""
-    found, rule = asked.found, asked.rule
-    if not len(asked.history.names) or not len(found.whole):
-        return (
-            "The recording holds no finite norm: nothing can be said. Look at the first step's loss and data."
+def _too_long(case: Case, steps: Lengths, said: list[str]) -> Advice:
+    """Steps of SGD that are longer than is safe: the limit is the longest that is."""
+    found, rule = case.found, case.rule
+    culprits = _layers_to_blame(case, steps)
+    if culprits is not None:
+        top = steps.safe * steps.weights / steps.rate
+        limits = {steps.layers[k]: float(top[k]) for k in np.flatnonzero(culprits)}
+        return _outliers(
+            case, culprits[steps.place], limits, [*said, _reasons.culprits_too_long(steps, culprits)]
         )
-    if not found.whole.max() > 0:
-        return "All recorded norms are zero: record gradients, before anything else acts on them."
-    if not np.isnan(found.clipped_at):
-        share = np.mean(found.whole >= found.clipped_at * (1 - 2.0**-7))
-        return (
-            f"{share:.0%} of the steps share the largest norm, {found.clipped_at:.3g}: these updates have been "
-            "clipped already. Put record() before the clipping, first in the chain."
-        )
-    if found.nonfinite is None and len(found.whole) < rule.least_steps:
-        return (
-            f"The recording has {len(found.whole)} finite steps; below {rule.least_steps} nothing is known of "
-            "how norms scatter. Record more."
-        )
+    limit = _advice.rounded(steps.limit)
+    said = [*said, _reasons.all_too_long(found, steps, limit, rule)]
+    return _advised(case, "global", _advice.globally(limit, repr(limit)), said)
+
+
+def _layers_to_blame(case: Case, steps: Lengths) -> np.ndarray | None:
+    """The few layers that are to blame for steps that are too long, bool `(layers,)`; None if all are.
+
+    They are those with steps that are far too long; or those that hold the excess of spikes; or those that
+    hold the length of ordinary steps. What is left alone must not have made a step that is far too long.
+    """
+    rule, each = case.rule, np.nan_to_num(steps.each)
+    rows = _to_blame(case)
+    by_spikes = np.isin(np.arange(len(each)), steps.place[rows]) if rows is not None else each < 0
+    total = (each**2).sum()
+    for own in (each >= rule.high, by_spikes, _holders(each**2 / total if total > 0 else each, rule)):
+        few = 0 < own.sum() <= rule.few * len(own) and not np.isnan(steps.each[own]).any()
+        if few and (np.nan_to_num(steps.longest[~own]) < rule.high).all():
+            return own
     return None
 
 
-def _from_the_start(asked: Asked) -> Advice:
-    """A run that ended before there were enough ordinary steps to learn from."""
-    found, rule = asked.found, asked.rule
-    first = found.nonfinite
-    reasons = [
-        f"Step {first.step} is the first that is not finite, in {_some(first.names)}"
-        + (f"; the deepest that still was: {first.deepest_finite}." if first.deepest_finite else ".")
-    ]
-    reasons.append(
-        f"{int(found.calm.sum())} steps came before norms began to grow, {found.growth:.1f} doublings a step: "
-        "clipping must begin with the first step, and its limit cannot be read from ordinary ones."
-    )
-    growth = found.norms[-1] / np.where(found.norms[0] > 0, found.norms[0], np.nan)
-    grown = np.nan_to_num(growth) > rule.factor
-    steps = _steps(asked)
-    culprits = _too_long(asked, steps)
-    if culprits is not None and 0 < culprits.sum() <= rule.few * len(culprits):
-        return _outliers(asked, culprits, reasons, steps)
-    if len(found.whole) > 1:
-        reasons.append(
-            f"From the first step to the last finite one, {grown.sum()} of {len(grown)} rows grew."
-        )
-    limit, why = _limit_at_start(asked, steps)
-    reasons.append(why)
-    return _advised("global", _advice.globally(limit, repr(limit)), reasons, None, asked)
+def _holders(shares: np.ndarray, rule: Rule) -> np.ndarray:
+    """The least number of groups that hold what counts as concentrated."""
+    top = np.argsort(-shares)
+    own = np.zeros(len(top), bool)
+    own[top[: int(np.searchsorted(np.cumsum(shares[top]), rule.concentrated) + 1)]] = True
+    return own
 
 
-def _limit_at_start(asked: Asked, steps: Steps | None) -> tuple[float, str]:
-    """A limit from what is known before the first step."""
-    norm = float(np.median(asked.found.whole[asked.found.calm]))
-    if asked.optimizer == "adam":
-        return _advice.rounded(norm), (
-            f"The limit is the norm before the growth, {norm:.3g}: Adam's steps do not depend on the size of "
-            "gradients, only on how it changes."
-        )
-    start, rate = asked.history.start, asked.learning_rate
-    if start is not None and rate is not None:
-        weights = _root_sum(start)
-        limit = _advice.rounded(asked.rule.step * weights / rate)
-        return limit, (
-            f"The weights' norm at the start is {weights:.3g}. With a limit of {limit:g} and a learning rate of "
-            f"{rate:g} a step is {asked.rule.step:g} of it, the trust coefficient of LARS; without, the first "
-            f"was {rate * norm / weights:.3g} of it."
-        )
+def _to_blame(case: Case) -> np.ndarray | None:
+    """The few rows with the excess of spikes, bool `(rows,)`; None if there are none."""
+    found, rule = case.found, case.rule
+    if found.spike.sum() < rule.least_spikes or not found.shares.any():
+        return None
+    own = _holders(found.shares, rule)
+    return own if own.sum() <= rule.few * len(own) else None
+
+
+def _from_the_start(case: Case, said: list[str]) -> Advice:
+    """A run that ended before there were ordinary steps to learn from, of unknown step lengths."""
+    found, start = case.found, case.history.start
+    limit = float(np.median(found.whole[found.calm]))
     if start is not None:
-        limit = _advice.rounded(0.01 * _root_sum(start))
-        return limit, (
-            f"The weights' norm at the start is {_root_sum(start):.3g}, and the limit a hundredth of it, as in "
-            "adaptive clipping. Pass learning_rate= for one that knows the length of steps."
-        )
-    return _advice.rounded(
-        norm
-    ), f"The limit is the norm before the growth, {norm:.3g}, for want of the weights'."
+        limit = min(limit, 0.01 * float(np.sqrt((start**2).sum())))  # as in adaptive gradient clipping
+    limit = _advice.rounded(limit)
+    said = [*said, _reasons.from_the_start(limit, start is not None)]
+    return _advised(case, "global", _advice.globally(limit, repr(limit)), said)
 
 
-def _from_ordinary_steps(asked: Asked) -> Advice:
-    """A recording with enough ordinary steps to tell what is beyond them."""
-    found, rule = asked.found, asked.rule
-    steps = _steps(asked)
-    reasons = _seen(asked)
-    culprits = _too_long(asked, steps)
-    if culprits is not None and culprits.any() and steps is not None:
-        if culprits.sum() <= rule.few * len(culprits):
-            return _outliers(asked, culprits, reasons, steps)
-        limit, why = _limit_at_start(asked, steps)
-        reasons.append(
-            f"An ordinary step is {steps.whole:.2g} of the weights' norm: the learning rate of "
-            f"{asked.learning_rate:g} is the real problem. Try a lower one first; clipping holds steps down "
-            "where it stays."
-        )
-        reasons.append(why)
-        return _advised("global", _advice.globally(limit, repr(limit)), reasons, None, asked)
-    if not (found.spike & found.calm).any() and not _ended(found):
-        reasons.append("No step is beyond what is ordinary: nothing would be gained by clipping.")
-        return _advised("none", _advice.nothing(), reasons, None, asked)
-    top = np.argsort(-found.shares)
-    count = int(np.searchsorted(np.cumsum(found.shares[top]), rule.concentrated) + 1)
-    if found.shares.any() and count <= rule.few * len(top):
-        own = np.zeros(len(top), bool)
-        own[top[:count]] = True
-        return _outliers(asked, own, reasons, None)
+def _beyond_the_ordinary(case: Case, said: list[str]) -> Advice:
+    """What is beyond the ordinary is limited to what is not."""
+    found, rule = case.found, case.rule
+    if not found.spike.any() and not found.ended:
+        return _advised(case, "none", _advice.nothing(), [*said, _reasons.nothing_beyond(found)])
+    own = _to_blame(case)
+    if own is not None:
+        patterns = _patterns(case.history, own)
+        few = case.history.regroup(_groups.regex(patterns))
+        top = np.quantile(few.norms[found.kept][found.ordinary], 1 - case.budget, axis=0)
+        limits = dict(zip(few.names, map(float, top), strict=True))
+        said = [*said, _reasons.culprits_spike(few.names, case.budget)]
+        return _outliers(case, own, limits, said)
     if np.isnan(found.together) or found.together >= rule.together:
-        return _global(asked, reasons)
-    return _each_by_itself(asked, reasons)
+        return _all_together(case, said)
+    return _one_by_one(case, said)
 
 
-def _seen(asked: Asked) -> list[str]:
-    """What was seen, in sentences."""
-    found = asked.found
-    ordinary, spike = found.ordinary, found.spike & found.calm
-    low, high = np.quantile(found.whole[ordinary], [0.05, 0.95])
-    said = [
-        f"{ordinary.sum()} of {len(asked.history)} steps are ordinary, with norms of {low:.3g} to {high:.3g}."
-    ]
-    if spike.any():
-        said.append(
-            f"{spike.sum()} steps are spikes of up to {found.whole[spike].max():.3g}. Of their excess "
-            f"{found.shares.max():.0%} is in {found.names[int(found.shares.argmax())]}; the effective number of "
-            f"rows in it is {found.effective:.1f} of {len(found.names)}. In a spike {found.together:.0%} of the "
-            "rows spike."
-        )
-    if found.nonfinite is not None:
-        first = found.nonfinite
-        said.append(f"Step {first.step} is the first that is not finite, in {_some(first.names)}.")
-    if found.growth > 0:
-        said.append(
-            f"Before it norms grew for {int((~found.calm).sum())} steps, {found.growth:.1f} doublings each."
-        )
-    if _drifts(asked):
-        said.append(f"Within the recording the ordinary norm changed by a factor of {found.drift:.2g}.")
-    return said
-
-
-def _global(asked: Asked, reasons: list[str]) -> Advice:
-    found, rule = asked.found, asked.rule
-    if _drifts(asked):
-        limit, code = _advice.following(asked.budget, _window(asked))
-        reasons.append("Rows spike together, and norms drift: the limit follows the global norm.")
-        return _advised("global", _advice.globally(limit, code), reasons, None, asked)
+def _all_together(case: Case, said: list[str]) -> Advice:
+    found, rule = case.found, case.rule
+    if _drifts(case):
+        limit, code = _advice.following(case.budget, _window(case))
+        said = [*said, _reasons.together(None, case.budget)]
+        return _advised(case, "global", _advice.globally(limit, code), said)
     values = found.whole[found.ordinary]
-    limit = _advice.rounded(float(np.quantile(values, 1 - asked.budget)))
-    within = _advice.interval(values, 1 - asked.budget, rule.resamples)
-    reasons.append(
-        f"Rows spike together: the global norm tells all, and keeps direction. {limit:g} is what "
-        f"{1 - asked.budget:.0%} of the ordinary steps stay below."
-    )
-    return _advised("global", _advice.globally(limit, repr(limit)), reasons, within, asked)
+    limit = _advice.rounded(float(np.quantile(values, 1 - case.budget)))
+    within = _advice.interval(values, 1 - case.budget, rule.resamples)
+    said = [*said, _reasons.together(limit, case.budget)]
+    return _advised(case, "global", _advice.globally(limit, repr(limit)), said, within)
 
 
-def _each_by_itself(asked: Asked, reasons: list[str]) -> Advice:
+def _one_by_one(case: Case, said: list[str]) -> Advice:
     """Rows that spike one by one: layers, if the leaves of one do so together."""
-    history = asked.history
-    layers = history.regroup(_groups.layer()) if _of_leaves(history) else None
-    layerwise = layers is not None and _leaves_together(asked) >= asked.rule.together
-    own = layers if layerwise and layers is not None else history
-    found = evidence(own, asked.rule)
-    if _drifts(asked) or len(own.names) > 12:
-        limit, code = _advice.following(asked.budget, _window(asked))
+    history, found = case.history, case.found
+    single = all(len(row.sources) == 1 for row in history.rows)
+    layerwise = single and _leaves_together(case) >= case.rule.together
+    own = history.regroup(_groups.layer()) if layerwise else history
+    if _drifts(case) or len(own.names) > _advice.LISTED:
+        limit, code = _advice.following(case.budget, _window(case))
     else:
-        top = np.quantile(found.norms[asked.found.ordinary], 1 - asked.budget, axis=0)
+        top = np.quantile(own.norms[found.kept][found.ordinary], 1 - case.budget, axis=0)
         limit, code = _advice.each(dict(zip(own.names, map(float, top), strict=True)))
-    made = (_advice.by_layer if layerwise else _advice.by_leaf)(limit, code)
-    reasons.append(
-        f"{'Layers' if layerwise else 'Leaves'} spike one by one: a global limit would hold all of them back "
-        "for one, so each is held to its own ordinary norm."
-    )
-    return _advised("layerwise" if layerwise else "leafwise", made, reasons, None, asked)
+    chosen = (_advice.by_layer if layerwise else _advice.by_leaf)(limit, code)
+    said = [*said, _reasons.one_by_one(layerwise)]
+    return _advised(case, "layerwise" if layerwise else "leafwise", chosen, said)
 
 
-def _leaves_together(asked: Asked) -> float:
+def _leaves_together(case: Case) -> float:
     """Of the leaves of layers in which one spikes, which share does; the median over steps."""
-    of = spikes(asked.found.norms, asked.rule.sigmas, asked.rule.factor, asked.rule.window).spike
-    layer = asked.history.regrouped(_groups.layer()).place
-    shares = []
-    for row in of[of.any(axis=1)]:
-        hit = np.isin(layer, layer[row])
-        shares.append(row[hit].mean())
+    rule = case.rule
+    far = spikes(case.found.norms, rule.sigmas, rule.factor, rule.window).spike
+    layer = case.history.regrouped(_groups.layer()).place
+    shares = [row[np.isin(layer, layer[row])].mean() for row in far[far.any(axis=1)]]
     return float(np.median(shares)) if shares else 1.0
 
 
-def _outliers(asked: Asked, own: np.ndarray, reasons: list[str], steps: Steps | None) -> Advice:
-    """Clipping of the culprits alone, the rows that `own` marks."""
-    history, found = asked.history, asked.found
-    patterns: dict[Any, Any] = {}
-    for row in (row for row, hit in zip(history.rows, own, strict=True) if hit):
+def _outliers(case: Case, own: np.ndarray, limits: dict[str, float], said: list[str]) -> Advice:
+    """Clipping of the culprits alone, the rows that `own` marks, in the groups that `limits` names."""
+    patterns = _patterns(case.history, own, limits)
+    limit, code = _advice.each(limits)
+    return _advised(case, "outliers", _advice.only(patterns, limit, code), said)
+
+
+def _patterns(history: Any, own: np.ndarray, layers: Iterable[str] = ()) -> dict[Any, Any]:
+    """Patterns that find the leaves of marked rows: by layer for layers that are given, else one by one."""
+    layers = set(layers)
+    found: dict[Any, list[str]] = {}
+    for row in (row for row, marked in zip(history.rows, own, strict=True) if marked):
         for source in row.sources:
-            path = "/".join(source.keys)
-            patterns[path.replace("\\", r"\\")] = f"^{re.escape(path)}$"
-    names = list(patterns)
-    patterns[None] = ".*"
-    few = history.regroup(_groups.regex(patterns))
-    if steps is None:
-        norms = few.norms[np.isfinite(history.norms).all(axis=1)][: len(found.whole)]
-        top = np.quantile(norms[found.ordinary], 1 - asked.budget, axis=0)
-        why = f"each is held to what {1 - asked.budget:.0%} of its ordinary norms stay below"
-    else:
-        good = float(np.nanmedian(steps.each[~np.isin(np.arange(len(steps.each)), steps.rows[own])]))
-        assert few.start is not None
-        assert asked.learning_rate is not None
-        top = good * few.start / asked.learning_rate
-        why = (
-            f"an ordinary step is {np.nanmax(steps.each):.2g} of their weights, and {good:.2g} of the others', "
-            "to which each is held"
-        )
-    limit, code = _advice.each(dict(zip(few.names, map(float, top), strict=True)))
-    reasons.append(
-        f"Only {_some(names)} {'is' if len(names) == 1 else 'are'} to blame: {why}; all else is left alone."
-    )
-    return _advised("outliers", _advice.only(patterns, limit, code), reasons, None, asked)
+            layer, path = "/".join(source.keys[:-1]) or _groups.ROOT, "/".join(source.keys)
+            name = layer if layer in layers else path
+            found.setdefault(name.replace("\\", r"\\"), []).append(f"^{re.escape(path)}$")
+    short = {name: _advice.alternatives(patterns) for name, patterns in found.items()}
+    return {**short, None: ".*"}
 
 
-def _steps(asked: Asked) -> Steps | None:
-    """How long steps are, where that can be known: by plain gradients, with learning rate and weights given."""
-    history, found = asked.history, asked.found
-    if asked.optimizer != "sgd" or asked.learning_rate is None or history.start is None:
-        return None
-    own = history.regroup(_groups.layer()) if _of_leaves(history) else history
-    place = history.regrouped(_groups.layer()).place if _of_leaves(history) else np.arange(len(history.names))
-    norms = own.norms[np.isfinite(history.norms).all(axis=1)][: len(found.whole)]
-    some = found.ordinary if found.ordinary.any() else found.calm
-    with np.errstate(divide="ignore", invalid="ignore"):
-        each = asked.learning_rate * np.median(norms[some], axis=0) / own.start
-        whole = asked.learning_rate * np.median(found.whole[some]) / _root_sum(history.start)
-    return Steps(own.names, np.where(own.start > 0, each, np.nan), float(whole), place)
+def _drifts(case: Case) -> bool:
+    return not 1 / case.rule.drift < case.found.drift < case.rule.drift
 
 
-def _too_long(asked: Asked, steps: Steps | None) -> np.ndarray | None:
-    """The rows of layers whose steps are too long, bool `(rows,)`; None where that cannot be known."""
-    if steps is None:
-        return None
-    return np.nan_to_num(steps.each, nan=0.0)[steps.rows] >= asked.rule.high
-
-
-def _root_sum(norms: np.ndarray) -> float:
-    return float(np.sqrt((norms**2).sum()))
-
-
-def _of_leaves(history: Any) -> bool:
-    return all(len(row.sources) == 1 for row in history.rows)
-
-
-def _drifts(asked: Asked) -> bool:
-    return not 1 / asked.rule.drift < asked.found.drift < asked.rule.drift
-
-
-def _window(asked: Asked) -> int:
+def _window(case: Case) -> int:
     """How many norms an advised limit remembers: twice what tells drift from spikes."""
-    return 2 * asked.rule.window - 2
-
-
-def _some(names: Any) -> str:
-    return _checks.listed(names, 3)
+    return 2 * case.rule.window - 2
 
 
 def _advised(
-    policy: Any, chosen: Chosen, reasons: list[str], within: tuple[float, float] | None, asked: Asked
+    case: Case,
+    policy: PolicyName,
+    chosen: Chosen,
+    said: list[str],
+    within: tuple[float, float] | None = None,
 ) -> Advice:
     comparison = None
-    if asked.found.ordinary.sum() >= asked.rule.least_steps and policy != "undecided":
-        comparison = asked.history.compare(_candidates(asked, policy, chosen))
-    return Advice(
-        policy=policy,
-        groups=chosen.groups,
-        limit=chosen.limit,
-        interval=within,
-        code=chosen.code,
-        reasons=tuple(reasons),
-        comparison=comparison,
-        _made=chosen.transformation,
-    )
+    if case.found.ordinary.sum() >= case.rule.least_steps:
+        comparison = case.history.compare(_candidates(case, policy, chosen))
+        said = [*said, *_reasons.beside_others(comparison, policy)]
+    made = chosen.transformation
+    return Advice(policy, chosen.groups, chosen.limit, within, chosen.code, tuple(said), comparison, made)
 
 
-def _candidates(asked: Asked, policy: str, chosen: Chosen) -> dict[str, Any]:
+def _candidates(case: Case, policy: str, chosen: Chosen) -> dict[str, Any]:
     """The advice beside the others, each with limits that as few ordinary norms exceed."""
-    found, share = asked.found, 1 - asked.budget
-    made = {"none": np.inf, "global": float(np.quantile(found.whole[found.ordinary], share))}
-    made = {name: asked.history.replay(limit) for name, limit in made.items()}
-    for name, groups in {"layerwise": _groups.layer(), "leafwise": _groups.leaf()}.items():
-        if _of_leaves(asked.history):
-            own = asked.history.regroup(groups)
-            norms = own.norms[np.isfinite(asked.history.norms).all(axis=1)][: len(found.whole)]
-            limit = np.quantile(norms[found.ordinary], share, axis=0).astype(np.float32)
-            made[name] = asked.history.replay(limit, groups)
-    if policy != "none":
-        made |= {f"advised: {policy}": asked.history.replay(chosen.transformation)}
+    history, found, share = case.history, case.found, 1 - case.budget
+    made = {} if policy == "none" else {f"advised: {policy}": history.replay(chosen.transformation)}
+    made["none"] = history.replay(np.inf)
+    made["global"] = history.replay(float(np.quantile(found.whole[found.ordinary], share)))
+    if all(len(row.sources) == 1 for row in history.rows):
+        for name, groups in {"layerwise": _groups.layer(), "leafwise": _groups.leaf()}.items():
+            norms = history.regroup(groups).norms[found.kept][found.ordinary]
+            limit = np.quantile(norms, share, axis=0).astype(np.float32)
+            made[name] = history.replay(limit, groups)
     return made

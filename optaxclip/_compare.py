@@ -37,13 +37,13 @@ class Compared(NamedTuple):
 
 
 COLUMNS = {
-    "clipped": "steps clipped",
-    "touched": "ordinary steps clipped",
-    "largest_after": "largest norm after",
-    "spike_cut": "spikes divided by",
-    "cosine_mean": "mean cosine",
-    "cosine_worst": "worst cosine",
-    "spread": "rows against each other",
+    "clipped": "clipped",
+    "touched": "of ordinary",
+    "largest_after": "largest after",
+    "spike_cut": "spikes cut by",
+    "cosine_mean": "cosine",
+    "cosine_worst": "worst",
+    "spread": "rows apart by",
 }
 
 

@@ -8,24 +8,30 @@ from optaxclip._ordinary import Spikes, spikes
 
 
 class Rule(NamedTuple):
-    """Every constant that the advice depends on, with the reason for its value; see `docs/choosing.md`.
+    """Every constant that advice depends on, with the reason for its value; see `docs/choosing.md`.
 
     Attributes:
       least_steps: below so many finite steps nothing is known of how norms scatter: of 50, the largest
         twentieth are two or three.
-      sigmas: see `spikes`.
-      factor: likewise.
-      window: likewise.
-      concentrated: the share of the excess that makes its groups the culprits. 0.8 leaves the others, taken
-        together, norms of less than half of theirs.
+      sigmas: how many robust standard deviations above the running median the logarithm of an ordinary norm
+        may lie: the identifier of Hampel (1974). Its usual 3 calls one of 700 normal numbers a spike, 4 one
+        of 30,000.
+      factor: how many times the running median an ordinary norm may be, however little norms scatter.
+      window: how many norms the running median is of; what changes more slowly is drift.
+      least_spikes: fewer spikes do not tell where the next will sit.
+      concentrated: the share of the excess that makes its groups the culprits. 0.8 leaves the others together
+        half of the culprits' norm.
       few: culprits may be at most this part of all groups, else all share in it.
-      together: groups spike together if in a spike of the whole at least this part of them spikes.
+      together: groups spike together if in a spike of the whole this part of them does.
       drift: norms drift if their level changes by this factor within the recording.
       at_limit: the recording is of clipped updates if this part of it shares its largest norm.
-      step: the length of a step relative to the weights that is safe without knowing more: the trust
-        coefficient of LARS (You et al., 2017).
-      high: the length of a step relative to the weights from which on the learning rate is to blame: at 0.1,
-        ten steps in a row replace the weights.
+      step: by how much the output may change in a step of SGD, relatively. The trust coefficients of LARS
+        (You et al., 2017) and of its clipped form in Apex are 0.001 and 0.02 for each layer;
+        `benchmarks/advice.py` has what half and twice of 0.005 cost.
+      high: the length of a step relative to the weights from which on it is far too long: at 0.1, ten steps
+        in one direction double the weights.
+      uneven: Adam divides by the root of the mean square of what came before. Where that is this many times
+        an ordinary norm, ordinary steps are shorter by as much.
       resamples: of the bootstrap behind the interval.
     """
 
@@ -33,13 +39,15 @@ class Rule(NamedTuple):
     sigmas: float = 4.0
     factor: float = 2.0
     window: int = 65
+    least_spikes: int = 3
     concentrated: float = 0.8
     few: float = 1 / 3
     together: float = 0.5
     drift: float = 3.0
     at_limit: float = 0.2
-    step: float = 1e-3
+    step: float = 0.005
     high: float = 0.1
+    uneven: float = 2.0
     resamples: int = 1000
 
 
@@ -48,42 +56,48 @@ class Evidence(NamedTuple):
 
     Attributes:
       names: the groups.
-      norms: their norms, `(steps, groups)`, up to the first that is not finite.
+      kept: which steps of the recording count: those that are finite, before the run ended, `(recorded,)`.
+        All other arrays have one entry for each of them.
+      norms: the norms of the groups, `(steps, groups)`.
       whole: the norm of all together, `(steps,)`.
+      settling: which are the first steps, with norms above all that is ordinary later, `(steps,)`.
       calm: which steps came before norms began to grow towards the first one that is not finite, `(steps,)`.
-      spike: which of the steps are spikes of the whole, `(steps,)`.
-      any_spike: in which any group spikes, `(steps,)`.
+      spike: which are spikes of the whole, neither before norms settled nor at the end, `(steps,)`.
+      spread: the standard deviation of the logarithm of ordinary norms, robustly.
       shares: the share of each group in the excess of spikes, `(groups,)`; zeros if there is none.
       effective: the effective number of groups in it, 1 / Σ shares².
       together: the share of groups that spike in a spike of the whole, the median; NaN without spikes.
-      alone: the share of all steps in which some group spikes and the whole does not.
       drift: the level of the whole at the end over that at the start.
       growth: how often the whole doubled per step before the first norm that is not finite; 0 if all are.
-      dominant: the share of each group in the squared norm of ordinary steps, the median, `(groups,)`.
       clipped_at: the norm that many steps share as their largest; NaN if they do not.
       nonfinite: the first step that is not finite; None if all are.
     """
 
     names: tuple[str, ...]
+    kept: np.ndarray
     norms: np.ndarray
     whole: np.ndarray
+    settling: np.ndarray
     calm: np.ndarray
     spike: np.ndarray
-    any_spike: np.ndarray
+    spread: float
     shares: np.ndarray
     effective: float
     together: float
-    alone: float
     drift: float
     growth: float
-    dominant: np.ndarray
     clipped_at: float
     nonfinite: Any
 
     @property
     def ordinary(self) -> np.ndarray:
-        """Which steps are neither spikes nor part of the growth towards the end, `(steps,)`."""
-        return self.calm & ~self.spike
+        """Which steps are neither spikes nor part of what goes on at the start or towards the end."""
+        return self.calm & ~self.spike & ~self.settling
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run ended in what is not finite, rather than passing through it."""
+        return not self.kept.all() and not self.kept[np.argmin(self.kept) :].any()
 
 
 def evidence(history: Any, rule: Rule) -> Evidence:
@@ -97,25 +111,24 @@ def evidence(history: Any, rule: Rule) -> Evidence:
     if end < len(bad) and not lone:
         calm, growth = _calm(whole, rule)
     of_groups, of_whole = _spikes(norms, rule), _spikes(whole[:, None], rule)
-    spike = of_whole.spike[:, 0]
-    shares = _shares(norms, of_groups, calm & spike)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        dominant = np.median(norms[calm] ** 2 / (norms[calm] ** 2).sum(axis=1, keepdims=True), axis=0)
-    seen = calm & spike
+    far = of_whole.spike[:, 0]
+    settling = np.cumprod(far).astype(bool) & calm
+    spike = far & calm & ~settling
+    shares = _shares(norms, of_groups, spike)
     return Evidence(
         names=history.names,
+        kept=kept,
         norms=norms,
         whole=whole,
+        settling=settling,
         calm=calm,
         spike=spike,
-        any_spike=of_groups.spike.any(axis=1),
+        spread=float(of_whole.spread[0]),
         shares=shares,
         effective=float(1 / (shares**2).sum()) if shares.any() else np.nan,
-        together=float(np.median(of_groups.spike[seen].mean(axis=1))) if seen.any() else np.nan,
-        alone=float((of_groups.spike.any(axis=1) & ~spike)[calm].mean()) if calm.any() else 0.0,
+        together=float(np.median(of_groups.spike[spike].mean(axis=1))) if spike.any() else np.nan,
         drift=_drift(of_whole.level[calm, 0]),
         growth=growth,
-        dominant=np.nan_to_num(dominant),
         clipped_at=_shared_maximum(whole, rule),
         nonfinite=history.first_nonfinite(),
     )

@@ -18,6 +18,8 @@ from optaxclip._recording import FirstNonfinite, Run, Stretch, fields, first_non
 from optaxclip._replay import Replay, policy_like, replay
 from optaxclip._rows import Regrouped, Row, Source, name_of, put_together, regroup, rows_of
 
+_RULE = Rule()
+
 __all__ = ["FirstNonfinite", "History", "Run", "Stretch"]
 
 
@@ -269,7 +271,7 @@ class History:
         optimizer: Literal["sgd", "adam"] = "sgd",
         learning_rate: float | None = None,
         *,
-        rule: Rule = Rule(),
+        rule: Rule = _RULE,
     ) -> Advice:
         """Which grouping to clip by, at which limit, and why; `docs/choosing.md` has the rule.
 
