@@ -1,22 +1,21 @@
 """A recording of group norms: saved, replayed, compared, looked at, and asked for advice."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
-from optaxclip import _checks, groups as _groups, norms as _norms
+from optaxclip import _checks, _store, groups as _groups, norms as _norms
 from optaxclip._advice import Advice
 from optaxclip._advise import advise
 from optaxclip._base import Groups, Norm, PyTree, Response
 from optaxclip._compare import Comparison, compare
 from optaxclip._evidence import Rule
-from optaxclip._record import RecordState
-from optaxclip._recording import FirstNonfinite, Run, Stretch, fields, first_nonfinite, run_of
+from optaxclip._recording import FirstNonfinite, Run, Stretch, fields, first_nonfinite, of_state
 from optaxclip._replay import Replay, policy_like, replay
-from optaxclip._rows import Regrouped, Row, Source, name_of, put_together, regroup, rows_of
+from optaxclip._rows import Regrouped, Row, Source, name_of, put_together, regroup
 
 __all__ = ["FirstNonfinite", "History", "Run", "Stretch"]
 
@@ -121,40 +120,40 @@ class History:
           TypeError: if an argument is of the wrong type.
           ValueError: if there is not exactly one `RecordState`, or it has not as many rows as the groups.
         """
-        where = "History.from_state"
-        _checks.spec(where, Groups, groups=groups)
-        _checks.spec(where, Norm, norm=norm)
-        states = [
-            x
-            for x in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, RecordState))
-            if isinstance(x, RecordState)
-        ]
-        if len(states) != 1:
-            raise ValueError(
-                f"{where}: {len(states) or 'no'} RecordState in a state of type {type(opt_state).__name__}. "
-                "Pass the state of an optimizer with one oc.record() in it, or the RecordState itself."
-            )
-        state: RecordState = jax.device_get(states[0])
-        rows, table = rows_of(groups, params)
-        if len(rows) != len(state.start):
-            raise ValueError(
-                f"{where}: the state has {len(state.start)} rows; these groups and parameters have "
-                f"{len(rows)}: {_checks.listed(table.names)}. Pass the groups and the tree that record had."
-            )
-        updates, capacity = int(state.step), len(state.norm)
-        steps = np.arange(max(0, updates - capacity), updates)
-        kept = steps % capacity
-        return cls._of(
-            rows,
-            state.norm[kept],
-            name_of(norm),
-            steps=steps,
-            loss=None if np.isnan(state.loss).all() else state.loss[kept],
-            params=state.params[kept] if len(state.params) else None,
-            start=None if np.isnan(state.start).any() else state.start,
-            sizes=table.sizes,
-            run=run_of(state),
-        )
+        rows, norms, given = of_state(opt_state, params, groups, norm)
+        return cls._of(rows, norms, name_of(norm), **given)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes all of the recording to one file, of exactly this name; `load` reads it.
+
+        It is a zip of plain arrays that `numpy.load` reads too. It is written beside the old file and then
+        put in its place, so that there is always a whole one. Equal recordings make equal files.
+
+        Raises:
+          OSError: if it cannot be written; what was there before stays.
+        """
+        _store.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, max_bytes: int = 2**31) -> "History":
+        """The recording in a file that `save` wrote, to the bit. Nothing in the file is ever executed.
+
+        Args:
+          path: the file.
+          max_bytes: how many bytes what is read may take in memory, checked before it is read. Arrays take as
+            many as they have; names and shapes are counted 27 times, which is how much objects may take.
+
+        Raises:
+          OSError: if there is no such file.
+          ValueError: if it is truncated, foreign, too large, or of a newer version.
+
+        >>> import pathlib, tempfile, optaxclip as oc
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "run.npz")
+        >>> oc.History(["a", "b"], [[3.0, 4.0]]).save(path)
+        >>> print(oc.History.load(path).norms)
+        [[3. 4.]]
+        """
+        return _store.load(path, max_bytes, cls._of)
 
     def __len__(self) -> int:
         """How many updates it holds."""
