@@ -1,14 +1,17 @@
 """What a recording is made of, checked, and what is known of the whole run."""
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from optaxclip import _checks
+from optaxclip._base import Groups, Norm, PyTree
 from optaxclip._record import LEAST, PER_DOUBLING, RecordState
-from optaxclip._rows import Row, norm_called
+from optaxclip._rows import Row, norm_called, rows_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,6 +99,41 @@ def run_of(state: RecordState) -> Run:
     )
 
 
+def of_state(
+    opt_state: PyTree, params: PyTree, groups: Groups, norm: Norm
+) -> tuple[tuple[Row, ...], np.ndarray, dict[str, Any]]:
+    """The rows of the recording in an optimizer's state, their norms, and all else for `fields`."""
+    where = "History.from_state"
+    _checks.spec(where, Groups, groups=groups)
+    _checks.spec(where, Norm, norm=norm)
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, RecordState))
+    states = [x for x in leaves if isinstance(x, RecordState)]
+    if len(states) != 1:
+        raise ValueError(
+            f"{where}: {len(states) or 'no'} RecordState in a state of type {type(opt_state).__name__}. "
+            "Pass the state of an optimizer with one oc.record() in it, or the RecordState itself."
+        )
+    state: RecordState = jax.device_get(states[0])
+    rows, table = rows_of(groups, params)
+    if len(rows) != len(state.start):
+        raise ValueError(
+            f"{where}: the state has {len(state.start)} rows; these groups and parameters have "
+            f"{len(rows)}: {_checks.listed(table.names)}. Pass the groups and the tree that record had."
+        )
+    updates, capacity = int(state.step), len(state.norm)
+    steps = np.arange(max(0, updates - capacity), updates)
+    kept = steps % capacity
+    given = {
+        "steps": steps,
+        "loss": None if np.isnan(state.loss).all() else state.loss[kept],
+        "params": state.params[kept] if len(state.params) else None,
+        "start": None if np.isnan(state.start).any() else state.start,
+        "sizes": table.sizes,
+        "run": run_of(state),
+    }
+    return rows, np.asarray(state.norm)[kept], given
+
+
 def first_nonfinite(history: Any) -> FirstNonfinite | None:
     """The first update of a `History` in which a norm was not finite."""
     if history.run is not None:
@@ -134,7 +172,7 @@ def fields(
     """The attributes of a recording, checked: what is wrong raises `TypeError` or `ValueError`."""
     norm_called(norm)
     names = tuple(row.name for row in rows)
-    twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()
+    twice = [name for name, count in collections.Counter(names).items() if count > 1]
     if twice:
         raise ValueError(f"History: {min(twice)!r} is the name of several rows. Give each its own.")
     values = _array("norms", norms, (None, len(names)), names)

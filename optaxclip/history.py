@@ -1,22 +1,21 @@
 """A recording of group norms: saved, replayed, compared, looked at, and asked for advice."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
-from optaxclip import _checks, groups as _groups, norms as _norms
+from optaxclip import _checks, _logs, _store, groups as _groups, norms as _norms
 from optaxclip._advice import Advice
 from optaxclip._advise import advise
 from optaxclip._base import Groups, Norm, PyTree, Response
 from optaxclip._compare import Comparison, compare
 from optaxclip._evidence import Rule
-from optaxclip._record import RecordState
-from optaxclip._recording import FirstNonfinite, Run, Stretch, fields, first_nonfinite, run_of
+from optaxclip._recording import FirstNonfinite, Run, Stretch, fields, first_nonfinite, of_state
 from optaxclip._replay import Replay, policy_like, replay
-from optaxclip._rows import Regrouped, Row, Source, name_of, put_together, regroup, rows_of
+from optaxclip._rows import Regrouped, Row, Source, name_of, put_together, regroup
 
 _RULE = Rule()
 
@@ -123,40 +122,150 @@ class History:
           TypeError: if an argument is of the wrong type.
           ValueError: if there is not exactly one `RecordState`, or it has not as many rows as the groups.
         """
-        where = "History.from_state"
-        _checks.spec(where, Groups, groups=groups)
-        _checks.spec(where, Norm, norm=norm)
-        states = [
-            x
-            for x in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, RecordState))
-            if isinstance(x, RecordState)
-        ]
-        if len(states) != 1:
-            raise ValueError(
-                f"{where}: {len(states) or 'no'} RecordState in a state of type {type(opt_state).__name__}. "
-                "Pass the state of an optimizer with one oc.record() in it, or the RecordState itself."
-            )
-        state: RecordState = jax.device_get(states[0])
-        rows, table = rows_of(groups, params)
-        if len(rows) != len(state.start):
-            raise ValueError(
-                f"{where}: the state has {len(state.start)} rows; these groups and parameters have "
-                f"{len(rows)}: {_checks.listed(table.names)}. Pass the groups and the tree that record had."
-            )
-        updates, capacity = int(state.step), len(state.norm)
-        steps = np.arange(max(0, updates - capacity), updates)
-        kept = steps % capacity
-        return cls._of(
-            rows,
-            state.norm[kept],
-            name_of(norm),
-            steps=steps,
-            loss=None if np.isnan(state.loss).all() else state.loss[kept],
-            params=state.params[kept] if len(state.params) else None,
-            start=None if np.isnan(state.start).any() else state.start,
-            sizes=table.sizes,
-            run=run_of(state),
-        )
+        rows, norms, given = of_state(opt_state, params, groups, norm)
+        return cls._of(rows, norms, name_of(norm), **given)
+
+    @classmethod
+    def from_metrics(
+        cls,
+        metrics: Iterable[Mapping[str, Any]],
+        *,
+        prefix: str = "clip",
+        statistic: str = "norm_before",
+        separator: str = "/",
+        loss: str | None = None,
+        step: str | None = None,
+        norm: str = "l2",
+    ) -> "History":
+        """The norms in dicts of `metrics`, one for each update, as a loop collects them.
+
+        A norm of the whole is left out, unless there is no other. Groups stay what they are: norms of layers
+        cannot be divided into those of leaves.
+
+        Args:
+          metrics: the dicts, with scalars of NumPy, JAX or Python.
+          prefix: as in `metrics`.
+          statistic: which of the norms: `norm_before` or `norm_after`.
+          separator: as in `metrics`.
+          loss: the key of the loss, if they have one.
+          step: the key of the number of the update; by default they count from 0.
+          norm: which norm was measured.
+
+        Raises:
+          TypeError: if an entry is no dict or a value no scalar.
+          ValueError: if no key is of a norm, entries have different keys, or as in `History`.
+
+        >>> import optaxclip as oc
+        >>> logged = [{"clip/norm_before/a": 3.0, "clip/norm_before/b": 4.0, "clip/norm_before/whole": 5.0}]
+        >>> history = oc.History.from_metrics(logged)
+        >>> print(history.names, history.norms)
+        ('a', 'b') [[3. 4.]]
+        """
+        head = separator.join((prefix, statistic, ""))
+        return cls(**_logs.from_metrics(metrics, head, loss, step, norm))
+
+    @classmethod
+    def from_csv(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        columns: str | Sequence[str] | None = None,
+        step: str | None = None,
+        loss: str | None = None,
+        norm: str = "l2",
+        delimiter: str | None = None,
+    ) -> "History":
+        r"""The norms in a CSV log of any framework.
+
+        Columns of norms are found by their names, after what a logger puts before them: `norm_before/<name>`
+        (`metrics`), `grad_2.0_norm/<name>` (Lightning), `grad/<name>.norm` (OLMo), `l2_norm/grad/<name>`
+        (Composer), `grad_norm/<name>` (also `grad_norms`, `gradient_norm`). Where there are none of these,
+        all columns of numbers are taken but the step, the loss, and what loggers add: epoch, learning rate,
+        times, accuracies, `val_` and `eval_` figures, names with a leading `_`. Totals (`grad_norm`, `total`,
+        `*_total`, `global`, `whole`) are left out, unless there is nothing else.
+
+        Names with dots and no slashes, as PyTorch's `layers.0.weight`, become paths, `layers/0/weight`, but
+        for those of `metrics`. Lines of the same step complete one another, since loggers write several;
+        steps without norms are left out. The file is read line by line; its cells may be empty, `nan`, `inf`.
+
+        Args:
+          path: a file of UTF-8 text whose first line names the columns.
+          columns: those with norms: a regular expression with one group, the name of the leaf; or a list.
+          step: the column of the step; by default `step`, `global_step`, `_step`, `iteration` or
+            `trainer/global_step`, in either case. Without any, each line with norms is a step, from 0.
+          loss: the column of the loss; by default `loss`, `train/loss` or `train_loss`. If a step has
+            several, the last counts.
+          norm: which norm was logged. `rms` needs sizes, which logs do not have.
+          delimiter: what is between cells; by default the one of comma, semicolon, tab and `|` that makes
+            most columns of the first line.
+
+        Raises:
+          OSError: if the file cannot be opened.
+          ValueError: if a column is not there, a chosen cell is no number, a norm is negative or missing from
+            a step, steps do not ascend, or the file is no such table; it names the line.
+
+        >>> import pathlib, tempfile, optaxclip as oc
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "log.csv")
+        >>> _ = path.write_text("step,loss,fc.weight,fc.bias\n10,0.5,3,4\n20,0.4,6,8")
+        >>> history = oc.History.from_csv(path)
+        >>> print(history.names, history.steps, history.whole)
+        ('fc/weight', 'fc/bias') [10 20] [ 5. 10.]
+        """
+        return cls(**_logs.from_csv(path, delimiter, columns=columns, step=step, loss=loss, norm=norm))
+
+    @classmethod
+    def from_jsonl(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        columns: str | Sequence[str] | None = None,
+        step: str | None = None,
+        loss: str | None = None,
+        norm: str = "l2",
+    ) -> "History":
+        r"""The norms in a log of one JSON object a line; all else as in `from_csv`, keys being columns.
+
+        Values may be null, and the tokens `NaN` and `Infinity`.
+
+        >>> import pathlib, tempfile, optaxclip as oc
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "log.jsonl")
+        >>> _ = path.write_text('{"step": 0, "grad_norm/a": 3.0}\n{"step": 1, "grad_norm/a": NaN}')
+        >>> print(oc.History.from_jsonl(path).norms.tolist())
+        [[3.0], [nan]]
+        """
+        return cls(**_logs.from_jsonl(path, columns=columns, step=step, loss=loss, norm=norm))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes all of the recording to one file, of exactly this name; `load` reads it.
+
+        It is a zip of plain arrays that `numpy.load` reads too. It is written beside the old file and then
+        put in its place, so that there is always a whole one. Equal recordings make equal files.
+
+        Raises:
+          OSError: if it cannot be written; what was there before stays.
+        """
+        _store.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, max_bytes: int = 2**31) -> "History":
+        """The recording in a file that `save` wrote, to the bit. Nothing in the file is ever executed.
+
+        Args:
+          path: the file.
+          max_bytes: how many bytes what is read may take in memory, checked before it is read. Arrays take as
+            many as they have; names and shapes are counted 27 times, which is how much objects may take.
+
+        Raises:
+          OSError: if there is no such file.
+          ValueError: if it is truncated, foreign, too large, or of a newer version.
+
+        >>> import pathlib, tempfile, optaxclip as oc
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "run.npz")
+        >>> oc.History(["a", "b"], [[3.0, 4.0]]).save(path)
+        >>> print(oc.History.load(path).norms)
+        [[3. 4.]]
+        """
+        return _store.load(path, max_bytes, cls._of)
 
     def __len__(self) -> int:
         """How many updates it holds."""
