@@ -194,7 +194,7 @@ def _recorded(
         histogram=_counted(state.histogram, norm),
         largest=jnp.where(larger, norm, state.largest),
         largest_step=jnp.where(larger, state.step, state.largest_step),
-        nonfinite=state.nonfinite + ~finite,
+        nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
         # Counts stop at the largest number.
         entries=state.entries + jnp.minimum(bad, np.iinfo(np.int32).max - state.entries),
         first=jnp.where(~finite & (state.first < 0), state.step, state.first),
