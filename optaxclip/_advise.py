@@ -116,9 +116,9 @@ def _holders(shares: np.ndarray, rule: Rule) -> np.ndarray:
 
 
 def _to_blame(case: Case) -> np.ndarray | None:
-    """The few rows with the excess of spikes, bool `(rows,)`; None if there are none."""
+    """The few rows that spike and hold the excess, bool `(rows,)`; None if there are none."""
     found, rule = case.found, case.rule
-    if found.spike.sum() < rule.least_spikes or not found.shares.any():
+    if found.spike.sum() < rule.least_spikes or found.together >= rule.together or not found.shares.any():
         return None
     own = _holders(found.shares, rule)
     return own if own.sum() <= rule.few * len(own) else None

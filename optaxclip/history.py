@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -16,6 +16,10 @@ from optaxclip._evidence import Rule
 from optaxclip._recording import FirstNonfinite, Run, Stretch, fields, first_nonfinite, of_state
 from optaxclip._replay import Replay, policy_like, replay
 from optaxclip._rows import Regrouped, Row, Source, name_of, put_together, regroup
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
 
 _RULE = Rule()
 
@@ -415,3 +419,72 @@ class History:
         1 ('layer_1', 'layer_2') layer_3
         """
         return first_nonfinite(self)
+
+    def __str__(self) -> str:
+        """The recording in a few lines.
+
+        >>> import optaxclip as oc
+        >>> print(oc.History(["a", "b"], [[3.0, 4.0], [3.0, 40.0]], loss=[2.0, 1.5]))
+        Norms (l2) of 2 groups, 2 updates, 0 to 1
+          groups: a, b
+          norm of the whole: median 22.6, 99 % below 39.8, largest 40.1 at update 1
+          loss: 2 at first, 1.5 at last, 1.5 at best
+          not finite: never
+        """
+        from optaxclip import _tables
+
+        return _tables.text(self)
+
+    def table(self, most: int = 20) -> "Table":
+        """The norms of each group in numbers, as a table of rich: `rich.print(history.table())`.
+
+        The last line is the whole. Quantiles and shares are of finite norms; `–` stands where there is none.
+
+        Args:
+          most: how many groups to show. Those with the largest shares and the largest norms are kept.
+
+        Raises:
+          ImportError: without rich, which `pip install 'optaxclip[cli]'` brings.
+        """
+        from optaxclip import _tables
+
+        return _tables.table(self, most)
+
+    def plot(self, limits: Any = None, advice: Any = None) -> "Figure":
+        """Four panels: each group's norm over the updates, the whole's, who dominates, and a histogram.
+
+        Where there are more updates than a panel has pixels, a column is the largest of several, so that
+        spikes stay; more than 60 groups are put together by layer. What is not finite is hatched.
+
+        Args:
+          limits: limits of the whole norm to draw: a number, several, or from a name to a number or to an
+            array `(steps,)`, such as `history.replay(oc.zclip()).limit[:, 0]`.
+          advice: what `advise` said, to draw its limit.
+
+        Returns:
+          A figure that belongs to no window: `figure.savefig("norms.png")`; notebooks show it as it is.
+
+        Raises:
+          ImportError: without Matplotlib, which `pip install 'optaxclip[plot]'` brings.
+          ValueError: if a limit is negative or NaN, or has another shape.
+        """
+        from optaxclip import _plot
+
+        return _plot.figure(self, limits, advice)
+
+    def to_html(self, path: str | os.PathLike, advice: Any = None) -> None:
+        """Writes one file to send to a colleague: the figure, the table, and the advice with its code.
+
+        The page loads nothing from elsewhere and runs no scripts. An existing file is replaced.
+
+        Args:
+          path: the file to write.
+          advice: what `advise` said; left out by default.
+
+        Raises:
+          ImportError: without Matplotlib, which `pip install 'optaxclip[plot]'` brings.
+          OSError: if the file cannot be written.
+        """
+        from optaxclip import _html
+
+        _html.write(self, path, advice)
