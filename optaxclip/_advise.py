@@ -68,11 +68,9 @@ def _for_adam(case: Case, said: list[str]) -> Advice:
     if not (found.spike.any() or found.ended or swollen >= rule.uneven):
         return _advised(case, "none", _advice.nothing(), [*said, _reasons.nothing_beyond(found)])
     values = found.whole[found.ordinary] if found.ordinary.any() else found.whole[found.calm]
-    share = case.budget if len(values) >= rule.least_steps else 0.5
-    limit = _advice.rounded(float(np.quantile(values, share)))
-    within = _advice.interval(values, share, rule.resamples) if len(values) >= rule.least_steps else None
+    limit = _advice.rounded(float(np.quantile(values, case.budget)) / rule.below)
     said = [*said, _reasons.for_adam(found, limit, swollen, rule)]
-    return _advised(case, "global", _advice.globally(limit, repr(limit)), said, within)
+    return _advised(case, "global", _advice.globally(limit, repr(limit)), said)
 
 
 def _too_long(case: Case, steps: Lengths, said: list[str]) -> Advice:

@@ -31,7 +31,9 @@ class Rule(NamedTuple):
       high: the length of a step relative to the weights from which on it is far too long: at 0.1, ten steps
         in one direction double the weights.
       uneven: Adam divides by the root of the mean square of what came before. Where that is this many times
-        an ordinary norm, ordinary steps are shorter by as much.
+        an ordinary norm, ordinary steps are shorter by a third.
+      below: a limit for Adam is this many times below ordinary norms, so that it still is when norms have
+        fallen, as they do in training; being lower costs nothing.
       resamples: of the bootstrap behind the interval.
     """
 
@@ -47,7 +49,8 @@ class Rule(NamedTuple):
     at_limit: float = 0.2
     step: float = 0.005
     high: float = 0.1
-    uneven: float = 2.0
+    uneven: float = 1.5
+    below: float = 10.0
     resamples: int = 1000
 
 

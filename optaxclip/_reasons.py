@@ -104,7 +104,8 @@ def for_adam(found: Evidence, limit: float, swollen: float, rule: Rule) -> str:
         )
     return (
         f"Adam's steps do not depend on the size of updates, only on how it changes, and {why}. A limit "
-        f"below nearly all ordinary norms, {limit:g}, costs nothing and makes every step count alike."
+        f"of {limit:g}, {rule.below:g} times below ordinary norms, costs nothing, makes every step count "
+        "alike, and still will when norms have fallen."
     )
 
 
