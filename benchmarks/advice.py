@@ -172,7 +172,7 @@ def main(
 
     Each task is trained without clipping and with it, by the global norm, layer by layer and leaf by leaf,
     with limits two a decade. Then a quarter of a run without clipping is recorded, its advice taken, and the
-    task trained with it from the start. Compared is the loss on held-out examples, medians over the seeds.
+    task trained with it from the start. Compared is the final loss, medians over the seeds.
     """
     names, default = named(tasks), QUICK if quick else Setting()
     setting = default._replace(seeds=seeds or default.seeds, steps=steps)

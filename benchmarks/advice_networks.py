@@ -13,7 +13,6 @@ from sklearn import datasets
 Params: TypeAlias = dict[str, dict[str, Any]]
 
 SMOOTHING = 0.1  # of labels; it keeps the lowest loss away from zero, where 2 % of a loss would mean nothing
-HELD_OUT = 0.25  # of all examples
 
 
 class Batch(NamedTuple):
@@ -22,22 +21,15 @@ class Batch(NamedTuple):
     x: Any
     y: Any
 
-
-class Data(NamedTuple):
-    """Examples to learn from and others to judge by."""
-
-    train: Batch
-    test: Batch
-
-    def drawn(self, rng: np.random.Generator, steps: int, batch: int) -> Batch:
+    def drawn(self, rng: np.random.Generator, steps: int, batch: int) -> "Batch":
         """A batch for each step, of examples drawn at random."""
-        chosen = rng.integers(len(self.train.x), size=(steps, batch))
-        return Batch(self.train.x[chosen], self.train.y[chosen])
+        chosen = rng.integers(len(self.x), size=(steps, batch))
+        return Batch(self.x[chosen], self.y[chosen])
 
 
 @functools.cache
-def load(name: str, raw: bool = False) -> Data:
-    """`digits`, `wine`, `breast_cancer` or `diabetes` of scikit-learn; always the same examples are held out.
+def load(name: str, raw: bool = False) -> Batch:
+    """`digits`, `wine`, `breast_cancer` or `diabetes` of scikit-learn, all examples.
 
     Every feature is standardised, or all pixels together. `raw` leaves the units of the source.
     """
@@ -46,10 +38,7 @@ def load(name: str, raw: bool = False) -> Data:
         axis = None if name == "digits" else 0
         x = (x - x.mean(axis)) / x.std(axis)
     y = ((y - y.mean()) / y.std()).astype(np.float32) if name == "diabetes" else y.astype(np.int32)
-    order = np.random.default_rng(0).permutation(len(x))
-    test, train = np.split(order, [int(HELD_OUT * len(x))])
-    x = x.astype(np.float32)
-    return Data(Batch(x[train], y[train]), Batch(x[test], y[test]))
+    return Batch(x.astype(np.float32), y)
 
 
 def dense(rng: np.random.Generator, inner: int, outer: int, gain: float = 1.0) -> dict[str, Any]:
@@ -77,14 +66,14 @@ def perceptron(params: Params, x: jax.Array, activation: Any) -> jax.Array:
 
 
 def recurrent(params: Params, x: jax.Array) -> jax.Array:
-    """A tanh network that reads `(batch, length)` one number at a time, to logits from its last state."""
+    """A tanh network that reads `(batch, length)` two numbers at a time, to logits from its last state."""
     cell = params["cell"]
 
-    def read(hidden: jax.Array, pixel: jax.Array) -> tuple[jax.Array, None]:
-        return jnp.tanh(pixel[:, None] * cell["input"] + hidden @ cell["kernel"] + cell["bias"]), None
+    def read(hidden: jax.Array, pair: jax.Array) -> tuple[jax.Array, None]:
+        return jnp.tanh(pair @ cell["input"] + hidden @ cell["kernel"] + cell["bias"]), None
 
     start = jnp.zeros((len(x), len(cell["bias"])), jnp.float32)
-    return apply(params["head"], jax.lax.scan(read, start, x.T)[0])
+    return apply(params["head"], jax.lax.scan(read, start, jnp.moveaxis(x.reshape(len(x), -1, 2), 1, 0))[0])
 
 
 def unit(x: jax.Array) -> jax.Array:
