@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import jax
 import optax
@@ -23,19 +23,7 @@ from benchmarks.advice_report import Outcome, Taken
 from benchmarks.advice_tasks import MOMENTUM, RECORDED, TASKS, Task
 
 app = typer.Typer(add_completion=False)
-
-
-class Advice(Protocol):
-    """What this benchmark reads of `optaxclip.Advice`."""
-
-    policy: str
-    limit: Any
-    code: str
-    reasons: tuple[str, ...]
-
-    def transformation(self) -> optax.GradientTransformation:
-        """What is put before the optimizer."""
-        ...
+Advise: TypeAlias = Callable[[Params, Any], oc.Advice]  # from parameters and batches
 
 
 class Setting(NamedTuple):
@@ -63,12 +51,12 @@ class Setting(NamedTuple):
 QUICK = Setting(seeds=1, limits=(0.1, 1.0, 10.0))
 
 
-def recorder(task: Task) -> Callable[[Params, Any], Advice]:
+def recorder(task: Task) -> Advise:
     """A function from parameters and batches to the advice of the task's first steps without clipping."""
     tx = optax.chain(oc.record(capacity=task.recorded), task.update_rule())
     run = jax.jit(lambda params, batches: advice_grid.train(task, tx, params, batches)[1])
 
-    def advise(params: Params, batches: Any) -> Advice:
+    def advise(params: Params, batches: Any) -> oc.Advice:
         state = run(params, jax.tree.map(lambda x: x[: task.recorded], batches))
         history = oc.History.from_state(state, params)
         return history.advise(optimizer=task.optimizer, learning_rate=task.learning_rate)
@@ -76,9 +64,7 @@ def recorder(task: Task) -> Callable[[Params, Any], Advice]:
     return advise
 
 
-def follow(
-    task: Task, params: Sequence[Params], batches: Sequence[Any], advise: Callable[[Params, Any], Advice]
-) -> list[Taken]:
+def follow(task: Task, params: Sequence[Params], batches: Sequence[Any], advise: Advise) -> list[Taken]:
     """Takes each seed's advice and trains with it from the start."""
     compiled, taken = {}, []
     for seed, (start, inputs) in enumerate(zip(params, batches, strict=True)):
@@ -89,9 +75,7 @@ def follow(
                 lambda params, batches, tx=tx: task.evaluate(advice_grid.train(task, tx, params, batches)[0])
             )
         final = float(advice_grid.finite_or_inf(compiled[advice.code](start, inputs)))
-        limit = advice.limit
-        if limit is not None:
-            limit = float(limit) if isinstance(limit, int | float) else str(limit)
+        limit = float(advice.limit) if isinstance(advice.limit, int | float) else None
         taken.append(Taken(seed, advice.policy, limit, advice.code, list(advice.reasons), final))
     return taken
 
@@ -100,7 +84,7 @@ def compare(
     task: Task,
     setting: Setting,
     cache: advice_grid.Cache,
-    make: Callable[[Task], Callable[[Params, Any], Advice]] | None,
+    make: Callable[[Task], Advise] | None,
     tick: Callable[[], None],
 ) -> Outcome:
     """Trains the grid and, unless `make` is None, with the advice; ticks after each grouping and last."""
@@ -123,7 +107,7 @@ def compare_all(
     names: Sequence[str],
     setting: Setting,
     cache: advice_grid.Cache,
-    make: Callable[[Task], Callable[[Params, Any], Advice]] | None,
+    make: Callable[[Task], Advise] | None,
     console: Console,
 ) -> list[Outcome]:
     """Prints the grid of each task as it is ready."""

@@ -35,7 +35,7 @@ class Taken(NamedTuple):
     Attributes:
       seed: of both.
       policy: in a word.
-      limit: a number, or in words; None where there is none.
+      limit: the advice's; None where it is no number, and the code tells.
       code: the line that was put before the optimizer.
       reasons: the advice's.
       final: the final loss; infinite where it is not finite.
@@ -43,7 +43,7 @@ class Taken(NamedTuple):
 
     seed: int
     policy: str
-    limit: float | str | None
+    limit: float | None
     code: str
     reasons: list[str]
     final: float
@@ -235,14 +235,13 @@ def _panel(axes: Axes, one: Outcome) -> None:
     axes.axhline(min(one.without.median, ceiling), color=COLOURS["none"], ls="--", lw=0.9, label="none")
     for grouping in [name for name in COLOURS if name != "none"]:
         row = [cell for cell in one.cells if cell.grouping == grouping]
-        limits, losses = zip(*[(cell.limit or 0.0, min(cell.median, ceiling)) for cell in row], strict=True)
+        limits = np.array([cell.limit for cell in row], float)
+        losses = np.minimum([cell.median for cell in row], ceiling)
         axes.plot(limits, losses, color=COLOURS[grouping], lw=1.2, marker=".", ms=3, label=grouping)
     axes.axhspan(one.best.median, (1 + GOAL) * one.best.median, color="0.85", lw=0)
-    right = max(cell.limit for cell in one.cells if cell.limit is not None)
-    for taken in one.taken:
-        # Advice without a number stands at the right edge, where the grid hardly clips.
-        where = taken.limit if isinstance(taken.limit, float) else right
-        colour = COLOURS.get(taken.policy, "#CC79A7")
-        axes.plot(where, min(taken.final, ceiling), marker="x", ms=7, mew=2, ls="", color=colour)
+    for place, taken in zip(np.linspace(0.9, 0.98, len(one.taken)), one.taken, strict=True):
+        # At the right: its limit may be for each group, or for none, and is not on the axis.
+        style = {"marker": "x", "ms": 7, "mew": 2, "color": COLOURS.get(taken.policy, "#CC79A7")}
+        axes.plot(place, min(taken.final, ceiling), transform=axes.get_yaxis_transform(), **style)
     axes.set(xscale="log", title=one.task.name)
     axes.title.set_fontsize(9)

@@ -232,7 +232,7 @@ def calm(steps: int = 800) -> Task:
     )
 
 
-def outliers(steps: int = 800) -> Task:
+def outliers(steps: int = 1200, width: int = 8) -> Task:
     """Diabetes from ten measurements, learned from targets with Student's noise of 1.5 degrees of freedom."""
     data = networks.load("diabetes")
     parts = _on_batches(tanh_layers, networks.squared_error, data, steps)
@@ -247,7 +247,7 @@ def outliers(steps: int = 800) -> Task:
         what="the noise of the gradients is heavy-tailed, as the noise of the targets is",
         optimizer="sgd",
         learning_rate=0.02,
-        init=_perceptron([10, 32, 1], 1.0),
+        init=_perceptron([10, width, 1], 1.0),
         **parts,
     )._replace(batches=batches)
 

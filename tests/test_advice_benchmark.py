@@ -1,7 +1,6 @@
 """The benchmark of the advice, with a policy given in its place: what it trains, keeps and reports."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +16,7 @@ from benchmarks.advice_grid import Cell
 from benchmarks.advice_report import Outcome, Taken
 
 TINY = advice_tasks.calm(steps=20)
-SETTING = advice.Setting(seeds=2, limits=(0.1, 1.0))
+SETTING = advice.QUICK._replace(seeds=2)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -39,16 +38,22 @@ def fixed(task) -> Any:
 
 
 @pytest.fixture(scope="module")
-def outcome():
+def path(tmp_path_factory):
+    """The cache of `outcome`."""
+    return tmp_path_factory.mktemp("advice") / "grid.json"
+
+
+@pytest.fixture(scope="module")
+def outcome(path):
     """A tiny task with its grid, and `fixed`."""
-    return advice.compare(TINY, SETTING, advice_grid.Cache(), fixed, lambda: None)
+    return advice.compare(TINY, SETTING, advice_grid.Cache(path), fixed, lambda: None)
 
 
 def test_an_advice_that_is_in_the_grid_ends_as_its_cell(outcome):
     """Both start from the same weights, see the same batches and are judged alike."""
     (cell,) = [cell for cell in outcome.cells if str(cell) == "global 1"]
     np.testing.assert_allclose([taken.final for taken in outcome.taken], cell.finals, rtol=1e-4)
-    assert len(outcome.cells) == 7
+    assert len(outcome.cells) == 10
     assert outcome.best.median < np.median(outcome.start)
 
 
@@ -61,24 +66,16 @@ def test_the_grid_equals_training_one_by_one(outcome):
     np.testing.assert_allclose(TINY.evaluate(params), cell.finals[1], rtol=1e-4)
 
 
-def test_a_grid_that_is_known_is_not_trained_again(outcome, tmp_path, monkeypatch):
+def test_a_grid_that_is_known_is_not_trained_again(outcome, path, monkeypatch):
     """A cache in a file gives the same cells, and a task that changed does not find its own."""
-    path = tmp_path / "grid.json"
-    inputs = [advice_grid.stacked([make(seed) for seed in range(2)]) for make in (TINY.init, TINY.batches)]
-    with ThreadPoolExecutor(1) as pool:
+    monkeypatch.setattr(advice_grid, "finals", lambda *args: pytest.fail("trained again"))
 
-        def cells(task):
-            found = advice_grid.cells(task, SETTING.limits, *inputs, advice_grid.Cache(path), pool)
-            return [cell for some in found for cell in some]
+    def cells(task):
+        return advice.compare(task, SETTING, advice_grid.Cache(path), None, lambda: None).cells
 
-        first = cells(TINY)
-        monkeypatch.setattr(advice_grid, "finals", lambda *args: pytest.fail("trained again"))
-        assert cells(TINY) == first
-        np.testing.assert_allclose(
-            [cell.finals for cell in first], [cell.finals for cell in outcome.cells], rtol=1e-4
-        )
-        with pytest.raises(pytest.fail.Exception, match="trained again"):
-            cells(TINY._replace(learning_rate=0.04))
+    assert cells(TINY) == outcome.cells
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        cells(TINY._replace(learning_rate=0.04))
 
 
 def judged(final, finals):
@@ -119,21 +116,21 @@ def test_reports_have_every_loss_and_every_advice(outcome, tmp_path):
     first, second = json.loads(data.read_text())["tasks"]
     assert first["advice"][1]["code"] == "oc.clip_by_global_norm(1.0)"
     assert first["advice"][1]["reasons"] == ["It was asked for."]
-    assert len(first["grid"]) == 7
+    assert len(first["grid"]) == 10
     assert second["advice"][0]["final"] is None
     picture = tmp_path / "advice.png"
     advice_report.figure(outcomes).savefig(picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_command_trains_a_grid(tmp_path):
-    """Without advice it prints the grid of each task and keeps it."""
-    cache = tmp_path / "grid.json"
-    options = ["--tasks", "calm", "--quick", "--steps", "20", "--grid-only", "--grid-cache", str(cache)]
+def test_the_command_prints_the_grid_of_each_task(outcome, path):
+    """Without advice; a grid that is known is read from the cache, if that is of these settings."""
+    options = ["--tasks", "calm", "--quick", "--steps", "20", "--grid-only", "--grid-cache", str(path)]
     done = CliRunner().invoke(advice.app, options, catch_exceptions=False, env={"COLUMNS": "150"})
     assert done.exit_code == 0
-    assert "layerwise" in done.stdout
-    assert len(json.loads(cache.read_text())["calm"]["finals"]) == 10
+    cell = next(cell for cell in outcome.cells if str(cell) == "layerwise 10")
+    assert f"{cell.finals[0]:.3f}" in done.stdout
+    assert "within" in done.stdout
 
 
 def test_an_unknown_task_is_an_error_that_lists_the_known():
