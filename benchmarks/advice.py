@@ -154,9 +154,10 @@ def main(
 ) -> None:
     """Does the advice of a short recording train as well as the best policy of a grid?
 
-    Each task is trained without clipping and with it, by the global norm, layer by layer and leaf by leaf,
-    with limits two a decade. Then a quarter of a run without clipping is recorded, its advice taken, and the
-    task trained with it from the start. Compared is the final loss, medians over the seeds.
+    Each task is trained without clipping, and clipped by the global norm,
+    layer by layer and leaf by leaf, with limits two a decade. Then a quarter
+    of a run without clipping is recorded, its advice taken, and the task
+    trained with it from the start. Compared are final losses, medians over seeds.
     """
     names, default = named(tasks), QUICK if quick else Setting()
     setting = default._replace(seeds=seeds or default.seeds, steps=steps)

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import report
@@ -103,7 +104,7 @@ def cells(one: Outcome) -> list[str]:
         advised = [
             ", ".join(dict.fromkeys(taken.policy for taken in one.taken)),
             loss(float(np.median([taken.final for taken in one.taken])), start),
-            f"{one.over:+.1%}",
+            f"{one.over:+.2%}",
         ]
     return [
         one.task.optimizer,
@@ -133,7 +134,7 @@ def grid(one: Outcome) -> Table:
     lines = [f"{one.task.name}: {one.task.what}", f"at the start {start:.3f}"]
     if one.seconds:
         lines[1] += f"; {one.seconds:.0f} s"
-    advised = [f"seed {taken.seed}: {taken.code}, {loss(taken.final, start)}" for taken in one.taken]
+    advised = [escape(f"seed {taken.seed}: {loss(taken.final, start)}, {taken.code}") for taken in one.taken]
     made = Table(
         "", title="\n".join(lines), caption="\n".join(advised), box=box.SIMPLE_HEAD, title_style="bold"
     )
