@@ -32,7 +32,8 @@ class RecordState(NamedTuple):
       params: the last norms of the parameters, float32 `(capacity, rows)`, or `(0, rows)` if not asked for.
       start: the norms of what `init` was given, float32 `(rows,)`; NaN where that was no array.
       histogram: in how many updates the norm fell into each of the bins, int32 `(rows, 512)`: four bins for
-        each doubling, from 2^-64 to 2^64. Norms of zero and those that are not finite are in none.
+        each doubling, from 2^-64 to 2^64; the outermost hold what is beyond. Norms of zero and those that are
+        not finite are in none.
       largest: the largest finite norm of the run, float32 `(rows,)`.
       largest_step: the update it belongs to, int32 `(rows,)`; -1 before there is one.
       nonfinite: how often the norm was NaN or infinite, int32 `(rows,)`.
@@ -220,8 +221,9 @@ def _counted(histogram: jax.Array, norm: jax.Array) -> jax.Array:
 def _entries(part: Partition, options: Options, bad: jax.Array) -> jax.Array:
     """How many entries of each row are NaN or infinite, int32; nothing is read where none is."""
     chosen = {k: place for k, place in enumerate(part.places) if place is not None and place.measured}
-    arrays = [jnp.asarray(part.leaves[k]) for k in chosen]
-    blocks = blocks_of(arrays, [p.first for p in chosen.values()], list(chosen.values()), shaped=True)
+    arrays, places = [jnp.asarray(part.leaves[k]) for k in chosen], list(chosen.values())
+    # Small leaves are merged: every array that a conditional is handed takes time, whether it is read or not.
+    blocks = blocks_of(arrays, [place.first for place in places], places, options.norm.shaped)
 
     def count(alike: Sequence[Block]) -> jax.Array:
         return jnp.concatenate([_not_finite(block).reshape(-1) for block in alike])
