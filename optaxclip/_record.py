@@ -208,6 +208,8 @@ def _recorded(
 
 def _put(ring: jax.Array, value: jax.Array, step: jax.Array) -> jax.Array:
     value = value.astype(ring.dtype)
+    # Where the mesh is explicit, only one of them may know it: the ring from `init` does not.
+    ring, value = (_mesh.vary_like(x, (ring, value)) for x in (ring, value))
     return lax.dynamic_update_index_in_dim(ring, value, jnp.remainder(step, len(ring)), 0)
 
 
