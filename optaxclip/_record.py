@@ -224,17 +224,23 @@ def _entries(part: Partition, options: Options, bad: jax.Array) -> jax.Array:
     """How many entries of each row are NaN or infinite, int32; nothing is read where none is."""
     chosen = {k: place for k, place in enumerate(part.places) if place is not None and place.measured}
     arrays, places = [jnp.asarray(part.leaves[k]) for k in chosen], list(chosen.values())
-    # Small leaves are merged: every array that a conditional is handed takes time, whether it is read or not.
+    # Small leaves are merged: every array that a loop is handed takes time, whether it is read or not.
     blocks = blocks_of(arrays, [place.first for place in places], places, options.norm.shaped)
 
     def count(alike: Sequence[Block]) -> jax.Array:
         return jnp.concatenate([_not_finite(block).reshape(-1) for block in alike])
 
-    def all_of_them(none: jax.Array) -> jax.Array:
-        return none + across(blocks, count, len(bad), "sum", options.axis_name)
+    def once(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        wanted, none = carry
+        # What depends on the carry cannot be moved out of the loop.
+        passed, _ = _mesh.barrier([block.array for block in blocks], wanted)
+        own = [block._replace(array=x) for block, x in zip(blocks, passed, strict=True)]
+        return ~wanted, none + across(own, count, len(bad), "sum", options.axis_name)
 
     none = _mesh.vary_like(jnp.zeros(bad.shape, jnp.int32), arrays, options.axis_name)
-    return lax.cond(jnp.any(bad), all_of_them, lambda none: none, none)
+    wanted = _mesh.vary_like(jnp.any(bad), arrays, options.axis_name)
+    # A loop of one pass or none, since of a conditional both branches are run under vmap.
+    return lax.while_loop(lambda carry: carry[0], once, (wanted, none))[1]
 
 
 def _not_finite(block: Block) -> jax.Array:

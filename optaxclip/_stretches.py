@@ -80,7 +80,7 @@ def _median(rings: Sequence[jax.Array], step: jax.Array, length: jax.Array) -> j
         age = np.arange(size, dtype=np.int32)
         slots = jnp.remainder(step - age, capacity)
         last = jnp.concatenate([ring[slots] for ring in rings], axis=1)
-        return _middle(last, (age < length)[:, None] & jnp.isfinite(last))
+        return _middle(last, jnp.isfinite(last) & (age < length)[:, None])
 
     enough = sum((length > size).astype(jnp.int32) for size in sizes[:-1])
     return lax.switch(enough, [functools.partial(of_last, size) for size in sizes])
