@@ -32,7 +32,8 @@ class RecordState(NamedTuple):
       params: the last norms of the parameters, float32 `(capacity, rows)`, or `(0, rows)` if not asked for.
       start: the norms of what `init` was given, float32 `(rows,)`; NaN where that was no array.
       histogram: in how many updates the norm fell into each of the bins, int32 `(rows, 512)`: four bins for
-        each doubling, from 2^-64 to 2^64. Norms of zero and those that are not finite are in none.
+        each doubling, from 2^-64 to 2^64; the outermost hold what is beyond. Norms of zero and those that are
+        not finite are in none.
       largest: the largest finite norm of the run, float32 `(rows,)`.
       largest_step: the update it belongs to, int32 `(rows,)`; -1 before there is one.
       nonfinite: how often the norm was NaN or infinite, int32 `(rows,)`.
@@ -207,6 +208,8 @@ def _recorded(
 
 def _put(ring: jax.Array, value: jax.Array, step: jax.Array) -> jax.Array:
     value = value.astype(ring.dtype)
+    # Where the mesh is explicit, only one of them may know it: the ring from `init` does not.
+    ring, value = (_mesh.vary_like(x, (ring, value)) for x in (ring, value))
     return lax.dynamic_update_index_in_dim(ring, value, jnp.remainder(step, len(ring)), 0)
 
 
@@ -220,17 +223,24 @@ def _counted(histogram: jax.Array, norm: jax.Array) -> jax.Array:
 def _entries(part: Partition, options: Options, bad: jax.Array) -> jax.Array:
     """How many entries of each row are NaN or infinite, int32; nothing is read where none is."""
     chosen = {k: place for k, place in enumerate(part.places) if place is not None and place.measured}
-    arrays = [jnp.asarray(part.leaves[k]) for k in chosen]
-    blocks = blocks_of(arrays, [p.first for p in chosen.values()], list(chosen.values()), shaped=True)
+    arrays, places = [jnp.asarray(part.leaves[k]) for k in chosen], list(chosen.values())
+    # Small leaves are merged: every array that a loop is handed takes time, whether it is read or not.
+    blocks = blocks_of(arrays, [place.first for place in places], places, options.norm.shaped)
 
     def count(alike: Sequence[Block]) -> jax.Array:
         return jnp.concatenate([_not_finite(block).reshape(-1) for block in alike])
 
-    def all_of_them(none: jax.Array) -> jax.Array:
-        return none + across(blocks, count, len(bad), "sum", options.axis_name)
+    def once(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        wanted, none = carry
+        # What depends on the carry cannot be moved out of the loop.
+        passed, _ = _mesh.barrier([block.array for block in blocks], wanted)
+        own = [block._replace(array=x) for block, x in zip(blocks, passed, strict=True)]
+        return ~wanted, none + across(own, count, len(bad), "sum", options.axis_name)
 
     none = _mesh.vary_like(jnp.zeros(bad.shape, jnp.int32), arrays, options.axis_name)
-    return lax.cond(jnp.any(bad), all_of_them, lambda none: none, none)
+    wanted = _mesh.vary_like(jnp.any(bad), arrays, options.axis_name)
+    # A loop of one pass or none, since of a conditional both branches are run under vmap.
+    return lax.while_loop(lambda carry: carry[0], once, (wanted, none))[1]
 
 
 def _not_finite(block: Block) -> jax.Array:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from optaxclip import groups as _groups, responses as _responses
 from optaxclip._apply import Options, checked, decide
-from optaxclip._base import Context, Groups, Limit, Response, Table
+from optaxclip._base import Context, Groups, Limit, Response
 from optaxclip._measure import TINY, Measured, merge
 from optaxclip._rescale import Policy, policy_of
 from optaxclip._rows import Regrouped, name_of, norm_called, put_together
@@ -81,50 +81,35 @@ def policy_like(
 
 def replay(history: Any, policy: Policy) -> Replay:
     """Runs a policy over a `History`."""
-    options, own = policy.options, history.regrouped(policy.options.groups)
-    norm = _wanted(history, options)
-    count = len(own.table.names)
-    parts = [own.measured] if np.all(own.scaled[own.measured]) else [own.measured & own.scaled, own.measured]
-    each = [_norms(history, history.norms, own, of, norm) for of in (*parts, own.measured & ~own.scaled)]
-    params = None
-    if policy.limit.needs_params:
-        if history.params is None:
-            raise ValueError(
-                "History.replay: the limit is relative to the parameters, whose norms were not recorded. "
-                "Make the recording with record(params=True)."
-            )
-        params = _norms(history, history.params, own, own.measured, norm)
-    empty = np.zeros((len(history.norms), 0))
-    done = [empty] * 3
-    if count and len(history.norms):
-        free, fixed = (each[0], each[2]) if len(parts) == 2 else (None, None)
-        done = _run(history.steps, each[len(parts) - 1], free, fixed, params, policy, own.table)
-        if history.sizes is None and np.isnan(done[0]).any() and not np.isnan(each[len(parts) - 1]).any():
-            raise ValueError(
-                "History.replay: the limit depends on the sizes of the groups, which are not known. Pass "
-                "History(..., sizes=...), the number of entries of each."
-            )
-    limit, factor, after = done
-    before = history.whole
+    own = history.regrouped(policy.options.groups)
+    wanted = _wanted(history, policy.options)
+    norm = _norms(history, history.norms, own, own.measured, wanted)
+    limit, factor, after = _run(history, policy, own, wanted, norm)
+    if history.sizes is None and (np.isnan(limit) & np.isfinite(norm)).any():
+        raise ValueError(
+            "History.replay: the limit depends on the sizes of the groups, which are not known. Pass "
+            "History(..., sizes=...), the number of entries of each."
+        )
     by_row = np.ones_like(history.norms)
     scaled = own.scaled & (own.place >= 0)
     by_row[:, scaled] = factor[:, own.place[scaled]]
-    ended = put_together(
-        by_row * history.norms, history.sizes, np.zeros(len(own.place), int), 1, history.norm
-    )
-    touched = (factor != 1) & np.isfinite(each[len(parts) - 1])
+    with np.errstate(invalid="ignore"):  # zero times infinity
+        rows = by_row * history.norms
+    if policy.options.nonfinite == "zero":
+        rows[by_row == 0] = 0
+    together = np.zeros(len(own.place), int)
     return Replay(
         names=own.table.names,
         steps=history.steps,
-        norm=each[len(parts) - 1],
+        norm=norm,
         limit=limit,
         factor=factor,
         after=after,
-        norm_before=before,
-        norm_after=ended[:, 0],
+        norm_before=history.whole,
+        norm_after=put_together(rows, history.sizes, together, 1, history.norm)[:, 0],
         cosine=cosine(history.norms, by_row, history.sizes, history.norm),
         by_row=by_row,
-        acted=touched.any(axis=1),
+        acted=((factor != 1) & np.isfinite(norm) & ~np.isnan(limit)).any(axis=1),
     )
 
 
@@ -144,47 +129,57 @@ def _wanted(history: Any, options: Options) -> str:
     return wanted
 
 
-def _norms(history: Any, norms: np.ndarray, own: Regrouped, of: np.ndarray, norm: str) -> np.ndarray:
-    """The norms of groups, of those of their rows that `of` marks: `(steps, groups)`."""
-    place = np.where(of, own.place, -1)
-    found = put_together(norms, history.sizes, place, len(own.table.names), history.norm)
-    if norm == history.norm:
-        return found
-    sizes = np.bincount(place[place >= 0], history.sizes[place >= 0], len(own.table.names))
-    root = np.sqrt(np.maximum(sizes, 1))
-    return found / root if norm == "rms" else found * root
+def _norms(history: Any, norms: np.ndarray, own: Regrouped, of: np.ndarray, wanted: str) -> np.ndarray:
+    """The norms of groups, of those of their rows that `of` marks: `(steps, groups)`.
+
+    Root mean squares are over all entries of a group that are measured, whatever `of` marks, as in training.
+    """
+    place, kind = np.where(of, own.place, -1), history.norm
+    if kind == "rms":
+        norms, kind = norms * np.sqrt(history.sizes), "l2"
+    found = put_together(norms, None, place, len(own.table.names), kind)
+    return found / np.sqrt(own.table.sizes) if wanted == "rms" else found
 
 
 def _run(
-    steps: np.ndarray,
-    norm: np.ndarray,
-    free: np.ndarray | None,
-    fixed: np.ndarray | None,
-    params: np.ndarray | None,
-    policy: Policy,
-    table: Table,
-) -> list[np.ndarray]:
+    history: Any, policy: Policy, own: Regrouped, wanted: str, norm: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The limits, the factors and the norms afterwards, `(steps, groups)` each."""
+    if not norm.size:
+        return norm, norm, norm
     rule, options = policy.limit, policy.options
-    start = rule.init(table)
+    free = fixed = params = None
+    if not np.all(own.scaled[own.measured]):
+        parts = own.measured & own.scaled, own.measured & ~own.scaled
+        free, fixed = (_norms(history, history.norms, own, of, wanted) for of in parts)
+    if rule.needs_params:
+        if history.params is None:
+            raise ValueError(
+                "History.replay: the limit is relative to the parameters, whose norms were not recorded. "
+                "Make the recording with record(params=True)."
+            )
+        params = _norms(history, history.params, own, own.measured, wanted)
+    start, steps = rule.init(own.table), history.steps
     # What remembers norms starts with the first of the recording, as training starts with step 0.
     steps = steps - steps[0] if jax.tree.leaves(start) else steps
 
-    def single(x: np.ndarray) -> np.ndarray:
-        return np.where(x < np.inf, np.minimum(x, LARGEST), x).astype(np.float32)
-
     def step(state: Any, now: Any) -> Any:
-        at, norm, free, fixed, of_params = now
-        found = Measured(norm, norm * jnp.float32(TINY), fixed, free)
-        total = merge(options.norm, jnp.where(jnp.isfinite(norm), norm, 0), table.sizes)
-        context = Context(at, table, options.norm, options.response, total, of_params)
-        stats, _, _, new = decide(rule, state, found, context, options)
+        at, norm, small, free, fixed, of_params = now
+        found = Measured(norm, small, fixed, free)
+        total = merge(options.norm, jnp.where(jnp.isfinite(norm), norm, 0), own.table.sizes)
+        context = Context(at, own.table, options.norm, options.response, total, of_params)
+        stats, first, then, new = decide(rule, state, found, context, options)
         new = jax.tree.map(lambda new, old: new.astype(old.dtype), new, state)
-        return new, (stats.limit, stats.factor, stats.norm_after)
+        return new, (stats.limit, first, then, stats.norm_after)
 
-    given = steps.astype(np.int32), *jax.tree.map(single, (norm, free, fixed, params))
+    given = steps.astype(np.int32), *jax.tree.map(_single, (norm, norm * TINY, free, fixed, params))
     _, found = jax.jit(lambda start, given: jax.lax.scan(step, start, given))(start, given)
-    return [np.asarray(x, np.float64) for x in found]
+    limit, first, then, after = (np.asarray(x, np.float64) for x in found)
+    return limit, first * then, after
+
+
+def _single(x: np.ndarray) -> np.ndarray:
+    return np.where(x < np.inf, np.minimum(x, LARGEST), x).astype(np.float32)
 
 
 def cosine(

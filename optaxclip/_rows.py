@@ -194,7 +194,8 @@ def name_of(norm: Norm) -> str:
             return name
     if norm.shaped:
         return "spectral"
-    if norm.degree >= 1 and norm == _norms.lp(float(norm.degree)):
+    # A whole order is kept as an integer, and `lp` makes a norm of its own for 3 and for 3.0.
+    if norm.degree >= 1 and norm in (_norms.lp(norm.degree), _norms.lp(float(norm.degree))):
         return f"lp({float(norm.degree)})"
     raise ValueError("History: the norm is none of optaxclip.norms, and has no name. Record one of these.")
 
@@ -215,22 +216,22 @@ def put_together(
       count: how many groups there are.
       norm: what the norms are.
     """
-    order = norm_called(norm).degree
-    most = norm_called(norm).combine == "max"
+    order, rows = norm_called(norm).degree, np.flatnonzero(place >= 0)
+    rows = rows[np.argsort(place[rows], kind="stable")]
     found = np.zeros((len(norms), count))
-    for group in range(count):
-        own = norms[:, place == group]
-        if not own.shape[1]:
-            continue
-        # What is divided by the largest and raised to a power neither overflows nor vanishes.
-        finite = np.where(np.isfinite(own), own, 0).max(axis=1, keepdims=True)
-        scale = np.where(finite > 0, finite, 1)
-        if most:
-            found[:, group] = own.max(axis=1)
-            continue
-        weights = np.ones(own.shape[1])
-        if norm == "rms":
-            assert sizes is not None
-            weights = sizes[place == group] / sizes[place == group].sum()
-        found[:, group] = scale[:, 0] * ((own / scale) ** order @ weights) ** (1 / order)
+    if not len(rows):
+        return found
+    groups, first, members = np.unique(place[rows], return_index=True, return_counts=True)
+    own = norms[:, rows]
+    if norm_called(norm).combine == "max":
+        found[:, groups] = np.maximum.reduceat(own, first, axis=1)
+        return found
+    # What is divided by the largest and raised to a power neither overflows nor vanishes.
+    largest = np.maximum.reduceat(np.where(np.isfinite(own), own, 0), first, axis=1)
+    scale = np.where(largest > 0, largest, 1)
+    powers = (own / np.repeat(scale, members, axis=1)) ** order
+    if norm == "rms":
+        assert sizes is not None
+        powers *= sizes[rows] / np.repeat(np.add.reduceat(sizes[rows], first), members)
+    found[:, groups] = scale * np.add.reduceat(powers, first, axis=1) ** (1 / order)
     return found

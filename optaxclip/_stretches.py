@@ -1,5 +1,7 @@
 """A run of any length in fixed memory: the maximum beside the median of each of its stretches."""
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -63,17 +65,31 @@ def with_latest(
     complete = jnp.remainder(step + 1, kept.length) == 0
 
     def finish(kept: Stretches) -> Stretches:
-        return _finished(kept, _median(jnp.concatenate(rings, axis=1), step, kept.length))
+        return _finished(kept, _median(rings, step, kept.length))
 
     return lax.cond(complete, finish, lambda kept: kept, kept)
 
 
-def _median(ring: jax.Array, step: jax.Array, length: jax.Array) -> jax.Array:
-    """The median of the finite ones of the last `length` values of a ring `(capacity, columns)`."""
-    age = jnp.remainder(step - np.arange(len(ring), dtype=np.int32), len(ring))
-    known = (age < length)[:, None] & jnp.isfinite(ring)
+def _median(rings: Sequence[jax.Array], step: jax.Array, length: jax.Array) -> jax.Array:
+    """The median of the finite ones of the last `length` values of rings `(capacity, columns)`."""
+    capacity = len(rings[0])
+    # Sorting is what costs: no more than the last values are sorted while stretches are short.
+    sizes = [size for size in (SHORTEST, 8 * SHORTEST) if size < capacity] + [capacity]
+
+    def of_last(size: int) -> jax.Array:
+        age = np.arange(size, dtype=np.int32)
+        slots = jnp.remainder(step - age, capacity)
+        last = jnp.concatenate([ring[slots] for ring in rings], axis=1)
+        return _middle(last, jnp.isfinite(last) & (age < length)[:, None])
+
+    enough = sum((length > size).astype(jnp.int32) for size in sizes[:-1])
+    return lax.switch(enough, [functools.partial(of_last, size) for size in sizes])
+
+
+def _middle(values: jax.Array, known: jax.Array) -> jax.Array:
+    """The medians of those values that are known: `(values, columns)` to `(columns,)`; NaN where none is."""
     count = jnp.sum(known, axis=0, dtype=jnp.int32)
-    ordered = jnp.sort(jnp.where(known, ring, jnp.inf), axis=0)
+    ordered = jnp.sort(jnp.where(known, values, jnp.inf), axis=0)
 
     def at(rank: jax.Array) -> jax.Array:
         return jnp.take_along_axis(ordered, jnp.maximum(rank, 0)[None], axis=0)[0]

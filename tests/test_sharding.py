@@ -353,3 +353,128 @@ def test_norms_of_sharded_arrays_outside_jit(kind):
     """The norms of sharded arrays are right outside jit as well."""
     sharded = put(GRADS, mesh_of(kind), LAYOUTS["mixed"])
     assert_same(oc.group_norms(sharded, oc.groups.unit()), oc.group_norms(GRADS, oc.groups.unit()))
+
+
+RECORD_GROUPS = {
+    "leaf": oc.groups.leaf(),
+    "whole": oc.groups.whole(),
+    "unit": oc.groups.unit(),
+    "stacked": oc.groups.stacked(oc.groups.layer(), "layers"),
+}
+RECORDED = {  # what is not finite, and entries in leaves that are split and that are replicated
+    "ordinary": GRADS,
+    "small": jax.tree.map(lambda x: np.float32(1e-25) * x, GRADS),
+    "one NaN": spiked(GRADS, "embed/table", np.nan),
+    "three": spiked(
+        spiked(spiked(GRADS, "layers/bias", np.inf), "head/scale", np.nan), "head/kernel", np.nan
+    ),
+}
+
+
+def record(groups, **options):
+    return oc.record(RECORD_GROUPS[groups], capacity=2, stretches=2, params=True, **options)
+
+
+@functools.cache
+def recorded_on_one_device(groups):
+    tx = record(groups)
+    return (
+        jax.jit(lambda g, s, p: tx.update(g, s, p, value=jnp.float32(0.5)))
+        .lower(GRADS, tx.init(PARAMS), PARAMS)
+        .compile()
+    )
+
+
+def all_reduces(compiled):
+    """How many all-reduces there are of norms, and of counts, which are integers; there is nothing else."""
+    kinds = re.findall(
+        r" = \(?(\w+)\[.*? (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", compiled.as_text()
+    )
+    assert {kind for _, kind in kinds} == {"all-reduce"}
+    return sum(dtype == "f32" for dtype, _ in kinds), sum(dtype == "s32" for dtype, _ in kinds)
+
+
+@pytest.mark.parametrize("groups", RECORD_GROUPS)
+@pytest.mark.parametrize(
+    ("kind", "layout"), [("auto", "fsdp"), ("auto", "tensor"), ("auto", "mixed"), ("explicit", "mixed")]
+)
+def test_a_recording_of_sharded_updates_equals_that_of_one_device(kind, layout, groups):
+    """Norms, counts of what is not finite, and all else; updates come out as they went in."""
+    tx, mesh = record(groups), mesh_of(kind)
+    grads, params = (put(tree, mesh, LAYOUTS[layout]) for tree in (GRADS, PARAMS))
+    update = jax.jit(lambda g, s, p: tx.update(g, s, p, value=jnp.float32(0.5)))
+    compiled = update.lower(grads, tx.init(params), params).compile()
+    assert_same(tx.init(params), tx.init(PARAMS))
+    for values in RECORDED.values():
+        expected, state = recorded_on_one_device(groups)(values, tx.init(PARAMS), PARAMS)
+        updates, sharded = compiled(put(values, mesh, LAYOUTS[layout]), tx.init(params), params)
+        assert_same(sharded, state)
+        assert_same(updates, expected, rtol=0)
+    if groups in ("leaf", "whole"):
+        norms, counts = all_reduces(compiled)
+        assert 2 <= norms <= 2 * AXIS_SETS[layout]  # of updates and of parameters
+        assert 1 <= counts <= AXIS_SETS[layout]  # in a loop that is entered where a norm is not finite
+
+
+@pytest.mark.parametrize("groups", ["leaf", "whole"])
+def test_recording_in_shard_map_equals_that_of_one_device(groups):
+    """With axis_name, a leaf that is split is counted over its parts, and a replicated one once."""
+    layout = LAYOUTS["mixed"]
+    tx = record(groups, axis_name=("data", "model"))
+
+    def step(grads, state, params):
+        return tx.update(grads, state, params, value=jnp.float32(0.5))
+
+    mapped = jax.shard_map(
+        step, mesh=mesh_of("auto"), in_specs=(layout, P(), layout), out_specs=(layout, P())
+    )
+    compiled = jax.jit(mapped).lower(GRADS, tx.init(PARAMS), PARAMS).compile()
+    for values in RECORDED.values():
+        expected, state = recorded_on_one_device(groups)(values, record(groups).init(PARAMS), PARAMS)
+        updates, sharded = compiled(values, tx.init(PARAMS), PARAMS)
+        assert np.isnan(sharded.start).all()
+        assert_same(sharded._replace(start=0), state._replace(start=0))
+        assert_same(updates, expected, rtol=0)
+    norms, counts = all_reduces(compiled)
+    assert 2 <= norms <= 2 * AXIS_SETS["mixed"]
+    assert 1 <= counts <= AXIS_SETS["mixed"]
+
+
+def test_recording_under_pmap_counts_all_parts():
+    """Under pmap every leaf is split over the axis, and the state is the same on all devices."""
+    tx = oc.record(capacity=2, axis_name="data")
+    grads = {"a": np.ones((8, 4), np.float32), "b": np.ones((8, 2), np.float32)}
+    grads["a"][5, 1:3] = np.nan
+    devices = jax.devices("cpu")[:8]
+    _, state = jax.pmap(lambda g: tx.update(g, tx.init(g)), "data", devices=devices)(grads)
+    for k in range(8):
+        own = jax.tree.map(lambda x: np.asarray(x)[k], state)  # noqa: B023
+        np.testing.assert_allclose(own.norm[0], [np.nan, 4])
+        assert own.entries.tolist() == own.first_entries.tolist() == [2, 0]
+        assert own.nonfinite.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("kind", MESHES)
+def test_recording_in_a_sharded_scan(kind):
+    """A recording, its losses too, keeps its types from step to step, and is that of one device."""
+    layout = LAYOUTS["mixed"]
+    tx = optax.chain(record("leaf"), optax.sgd(0.1))
+
+    @jax.jit
+    def train(params, grads):
+        def step(carry, scale):
+            params, state = carry
+            loss = sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
+            scaled = jax.tree.map(lambda g: scale * g, grads)
+            updates, state = tx.update(scaled, state, params, value=loss)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), jnp.array([1.0, jnp.nan, 0.1]))[0][1]
+
+    expected = oc.History.from_state(train(PARAMS, GRADS), PARAMS)
+    with jax.set_mesh(mesh_of(kind)):
+        state = train(*(put(tree, mesh_of(kind), layout) for tree in (PARAMS, GRADS)))
+    found = oc.History.from_state(state, PARAMS)
+    for field in ("norms", "loss", "params", "start"):
+        assert_same(getattr(found, field), getattr(expected, field), rtol=1e-5)
+    assert found.first_nonfinite() == expected.first_nonfinite()
