@@ -34,6 +34,11 @@ def numeric(where: str, **arguments: Any) -> None:
         )
 
 
+def unscheduled(**arguments: Any) -> dict[str, Any]:
+    """Those of the arguments that can be checked now: schedules have no value yet."""
+    return {name: value for name, value in arguments.items() if not callable(value)}
+
+
 def nonnegative(where: str, **arguments: Any) -> None:
     """Raises if an argument is a negative or NaN number. Arrays are not read: they may be traced."""
     numeric(where, **arguments)

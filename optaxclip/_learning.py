@@ -5,6 +5,7 @@ zero the state is what it was before, and the next ordinary step meets the limit
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,3 +47,10 @@ def full(rows: int, value: float) -> jax.Array:
 def between(low: jax.Array, high: jax.Array, part: float | jax.Array) -> jax.Array:
     """The point between two at a share of the way; also a running mean, of the new, the old and its decay."""
     return low + part * (high - low)
+
+
+def at_step(value: Any, step: Any) -> jax.Array:
+    """A number, an array or a schedule at a step, as float32 or float64."""
+    value = jnp.asarray(value(step) if callable(value) else value)
+    value = jnp.real(value)  # complex under inject_hyperparams
+    return value.astype(jnp.float64 if value.dtype == jnp.float64 else jnp.float32)

@@ -1,11 +1,12 @@
 """Published methods with limits that follow the norms, each one return statement."""
 
-from typing import Literal, TypeAlias
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
 
 import jax
 import optax
 
-from optaxclip import _checks, groups as _groups, limits, responses
+from optaxclip import groups as _groups, limits, responses
 from optaxclip._apply import AxisName, Nonfinite
 from optaxclip._base import Groups
 from optaxclip._rescale import rescale_by_norm
@@ -354,8 +355,8 @@ def clip_by_adaptive_quantile(
 
 
 def aggc(
-    low: Number = 1.0,
-    high: Number = 1.0,
+    low: Number | Callable[[Any], Any] = 1.0,
+    high: Number | Callable[[Any], Any] = 1.0,
     decay: Number = 0.98,
     most_up: Number = 1.1,
     most_down: Number = 0.9,
@@ -367,11 +368,14 @@ def aggc(
     r"""Keeps the norm of each kind of module between two multiples of its running mean.
 
     A group is made of all layers whose last key is the same (`q_proj`, `lm_head`). Norms above `high` times
-    the mean are scaled down, those below `low` times the mean up; the mean follows what comes out.
+    the mean are scaled down, those below `low` times the mean up; the mean follows what comes out. Both ends
+    may be schedules: the authors move them linearly from one step to another, as
+    `optax.linear_schedule(0.7, 0.999, 1000, transition_begin=500)` does. See `limits.ema_band`.
 
     Args:
-      low: the lower end of the band, as a multiple of the mean; at most `high`.
-      high: the upper end.
+      low: the lower end of the band, as a multiple of the mean: a number, an array or a schedule, a function
+        from the number of updates that came before to one of these. Where it is above `high`, `high` acts.
+      high: the upper end, likewise.
       decay: the weight of the past in the mean per step.
       most_up: the largest factor.
       most_down: the least factor.
@@ -384,12 +388,12 @@ def aggc(
 
     Raises:
       TypeError: if an argument is of the wrong type.
-      ValueError: if a number is outside its range.
+      ValueError: if a number is outside its range, or `low` is a number above `high`.
 
     References:
       Li et al., [Adaptive Group Gradient Clipping](https://arxiv.org/abs/2601.11864), 2026. The authors' mean
       starts at 0 and has the second step scaled by `most_down` and many after it; here the first norm starts
-      it. Their schedules of `low` and `high` are numbers here.
+      it.
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> tx = oc.aggc(decay=0.5)
@@ -399,13 +403,9 @@ def aggc(
     >>> print(updates["w"])
     [1.8]
     """
-    if _checks.is_number(low) and _checks.is_number(high) and low > high:
-        raise ValueError(
-            f"aggc: low is {low!r}, above high, {high!r}. Pass the lower end of the band as low."
-        )
     return rescale_by_norm(
-        limits.ema(high, decay),
-        response=responses.band(low / high, most_up=most_up, most_down=most_down),
+        limits.ema_band(low, high, decay),
+        response=responses.band(1.0, most_up=most_up, most_down=most_down),
         groups=groups,
         nonfinite=nonfinite,
         axis_name=axis_name,

@@ -58,7 +58,7 @@ FACTORY = [
     ),
     (lambda: oc.adaptive_grad_clip(-0.1), "adaptive_grad_clip: clipping is -0.1"),
     (lambda: oc.adaptive_grad_clip(0.1, eps=-1), "adaptive_grad_clip: eps is -1"),
-    (lambda: oc.aggc(low=2.0), "aggc: low is 2.0, above high, 1.0. Pass the lower end of the band as low."),
+    (lambda: oc.aggc(low=2.0), "aggc: low is 2.0, above high, 1.0. Pass the lower end as low."),
     (
         lambda: oc.adaptive_grad_clip(0.1, axis=0, groups=LEAF),
         "adaptive_grad_clip: both axis and groups are given. Pass groups.unit(axis).",
