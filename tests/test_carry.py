@@ -372,7 +372,7 @@ ERRORS = [
     (
         init_and_update({"a": PARAMS["a"]}),
         ValueError,
-        "carry_clipped: the update has 1 leaves, 'a'; `init` saw 2. Pass updates with the structure that",
+        "carry_clipped: the tree has 1 leaves, 'a'; `init` saw 2. Pass updates with the structure that",
     ),
     (
         init_and_update({"a": PARAMS["a"], "b": jnp.zeros(4)}),
