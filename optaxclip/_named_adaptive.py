@@ -6,11 +6,11 @@ from typing import Any, Literal, TypeAlias
 import jax
 import optax
 
-from optaxclip import groups as _groups, limits, responses
+from optaxclip import _checks, groups as _groups, limits, responses
 from optaxclip._apply import AxisName, Nonfinite
 from optaxclip._base import Groups
 from optaxclip._rescale import rescale_by_norm
-from optaxclip.limits import LimitLike
+from optaxclip.limits import LimitLike, as_limit
 
 Transformation: TypeAlias = optax.GradientTransformationExtraArgs
 Number: TypeAlias = float | jax.Array
@@ -25,6 +25,7 @@ def _module_type(path: str, leaf: object) -> str:
 MODULE_TYPES = _groups.labels(_module_type)
 
 
+@_checks.named(q="percentile")
 def autoclip(
     percentile: Number = 10.0,
     window: int | None = None,
@@ -76,6 +77,7 @@ def autoclip(
     )
 
 
+@_checks.named(q="percentile")
 def quantile_clip(
     percentile: Number = 90.0,
     window: int = 1000,
@@ -125,6 +127,7 @@ def quantile_clip(
     )
 
 
+@_checks.named()
 def zclip(
     decay: Number = 0.97,
     z: Number = 2.5,
@@ -197,9 +200,10 @@ def zclip(
 
 
 def _capped(limit: LimitLike, most: LimitLike | None) -> LimitLike:
-    return limit if most is None else limits.at_most(limit, most)
+    return limit if most is None else limits.at_most(limit, as_limit(most, "zclip", "max_norm"))
 
 
+@_checks.named()
 def adagc(
     slack: Number = 1.04,
     decay: Number = 0.99,
@@ -255,6 +259,7 @@ def adagc(
     )
 
 
+@_checks.named()
 def clip_by_historical_norm(
     k: Number = 3.0,
     window: int = 128,
@@ -303,6 +308,7 @@ def clip_by_historical_norm(
     )
 
 
+@_checks.named()
 def clip_by_adaptive_quantile(
     target: Number = 0.5,
     rate: Number = 0.2,
@@ -354,6 +360,7 @@ def clip_by_adaptive_quantile(
     )
 
 
+@_checks.named()
 def aggc(
     low: Number | Callable[[Any], Any] = 1.0,
     high: Number | Callable[[Any], Any] = 1.0,
@@ -412,6 +419,7 @@ def aggc(
     )
 
 
+@_checks.named()
 def adanorm(
     decay: Number = 0.95,
     *,
@@ -456,6 +464,7 @@ def adanorm(
     )
 
 
+@_checks.named()
 def gradient_stabilizer(
     first: Number = 0.7,
     second: Number = 0.9,
@@ -494,8 +503,8 @@ def gradient_stabilizer(
     >>> state = tx.init({"w": jnp.zeros(1)})
     >>> for size in (1.0, 1000.0):
     ...     updates, state = tx.update({"w": jnp.array([size])}, state)
-    >>> print(updates["w"])
-    [0.81139356]
+    >>> print(f"{updates['w'][0]:.4f}")
+    0.8114
     """
     return rescale_by_norm(
         limits.moment_ratio(first, second, eps=eps),
@@ -506,6 +515,7 @@ def gradient_stabilizer(
     )
 
 
+@_checks.named()
 def normalize_by_running_norm(
     decay: Number = 0.25,
     eps: Number = 1e-6,

@@ -52,14 +52,23 @@ def as_limit(limit: LimitLike, where: str, name: str = "limit") -> Limit:
     return _stateless(lambda norm, ctx, value: value, limit, where, name)
 
 
-def _stateless(rule: Callable, value: Any, where: str, name: str, needs_params: bool = False) -> Limit:
-    """A limit without state: `rule(norm, ctx, value)`, where `value` may be a schedule."""
+def _stateless(
+    rule: Callable, value: Any, where: str, name: str, needs_params: bool = False, **others: Any
+) -> Limit:
+    """A limit without state: `rule(norm, ctx, value)`, where `value` may be a schedule.
+
+    It and `others` may be arrays, whose length is checked where the rows are first known.
+    """
     if not callable(value):
         _checks.nonnegative(where, **{name: value})
+
+    def init(table: Table) -> tuple[()]:
+        for argument, array in _checks.unscheduled(**{name: value}, **others).items():
+            _checks.per_row(where, argument, jnp.shape(array), table.names)
+        return ()
+
     return Limit(
-        lambda table: (),
-        lambda norm, state, ctx: (rule(norm, ctx, at_step(value, ctx.step)), state),
-        needs_params,
+        init, lambda norm, state, ctx: (rule(norm, ctx, at_step(value, ctx.step)), state), needs_params
     )
 
 
@@ -244,7 +253,7 @@ def relative(ratio: LimitLike, floor: float | jax.Array = 1e-3) -> Limit:
         own = (ratio == 0) | (ratio == jnp.inf)
         return jnp.where(own & ~jnp.isnan(size), ratio, ratio * jnp.where(own, 1, size))
 
-    return _stateless(rule, ratio, where, "ratio", needs_params=True)
+    return _stateless(rule, ratio, where, "ratio", needs_params=True, floor=floor)
 
 
 def at_most(a: LimitLike, b: LimitLike) -> Limit:
