@@ -145,15 +145,9 @@ def _groups_of(
     clips = [k for k, state in enumerate(states) if isinstance(state, Clip)]
     named = [k for k, state in enumerate(states) if not isinstance(state, CarryState)]
     if isinstance(groups, Groups):
-        own = dict.fromkeys(named, groups)
-        for k in set(named) - set(clips):
-            # A wrapper's groups may well be others than those of the clip in it.
-            if (
-                clips
-                and params is not None
-                and len(partition(groups, params).table.names) != _rows(states[k])
-            ):
-                del own[k]
+        # A wrapper's groups may well be others than those of the clip in it.
+        rows = len(partition(groups, params).table.names) if clips and params is not None else None
+        own = {k: groups for k in named if k in clips or rows in (None, len(states[k].norm))}
     else:
         listed = list(groups)
         of = named if len(listed) == len(named) else clips
@@ -165,10 +159,6 @@ def _groups_of(
     for each in own.values():
         _checks.spec("metrics", Groups, groups=each)
     return [own.get(k) for k in range(len(states))]
-
-
-def _rows(state: Any) -> int:
-    return state.norm.shape[0]
 
 
 def _of_state(

@@ -3,6 +3,7 @@
 import inspect
 
 import chex
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,17 +14,6 @@ import reference
 import optaxclip as oc
 
 DIRECTIONS = {"a": {"w": np.array([0.6, -0.8]), "b": np.array([0.0])}, "c": {"w": np.array([[1.0], [0.0]])}}
-# A norm that is not finite, a zero, and the step from which norms are ten times as large.
-SPIKES, NAN, INF, ZERO, RISE, STEPS = (60, 110, 160), 80, 130, 95, 180, 240
-
-
-def golden(seed, median=1.0):
-    """Norms with ordinary noise, three spikes, a NaN, an infinity, a zero step and a lasting rise."""
-    norms = median * np.exp(0.3 * np.random.default_rng(seed).normal(size=STEPS))
-    norms[list(SPIKES)] *= [30.0, 300.0, 3000.0]
-    norms[NAN], norms[INF], norms[ZERO] = np.nan, np.inf, 0.0
-    norms[RISE:] *= 10
-    return norms.astype(np.float32)
 
 
 def updates(norm, direction):
@@ -89,8 +79,8 @@ METHODS = {
         ),
         lambda n: reference.aggc(
             n,
-            reference.linear(STEPS, 0.98, 0.6, 100, 60),
-            reference.linear(STEPS, 1.0, 1.5, 40, 80),
+            reference.linear(golden.STEPS, 0.98, 0.6, 100, 60),
+            reference.linear(golden.STEPS, 1.0, 1.5, 40, 80),
             0.9,
             2.0,
             0.1,
@@ -98,11 +88,13 @@ METHODS = {
     ),
     "aggc, low above high as published": (
         lambda: oc.aggc(jnp.float32(0.95), optax.linear_schedule(0.6, 0.7, 50, 50), decay=0.95),
-        lambda n: reference.aggc(n, 0.95, reference.linear(STEPS, 0.6, 0.7, 50, 50), 0.95),
+        lambda n: reference.aggc(n, 0.95, reference.linear(golden.STEPS, 0.6, 0.7, 50, 50), 0.95),
     ),
     "ema, schedule": (
         lambda: oc.rescale_by_norm(oc.limits.ema(optax.linear_schedule(1.0, 2.0, 100, 50), 0.9)),
-        lambda n: reference.aggc(n, 0.0, reference.linear(STEPS, 1.0, 2.0, 50, 100), 0.9, most_down=0.0),
+        lambda n: reference.aggc(
+            n, 0.0, reference.linear(golden.STEPS, 1.0, 2.0, 50, 100), 0.9, most_down=0.0
+        ),
     ),
     "adanorm": (oc.adanorm, reference.adanorm),
     "gradient_stabilizer": (oc.gradient_stabilizer, reference.gradient_stabilizer),
@@ -125,7 +117,7 @@ METHODS = {
 def test_golden_sequences_agree_with_the_equations(method):
     """240 steps with noise, spikes, a NaN, an infinity, a zero and a rise, against NumPy in float64."""
     make, expected = METHODS[method]
-    norms = golden(0, median=0.5)
+    norms = golden.norms(0, median=0.5)
     out, _ = run(make(), norms)
     np.testing.assert_allclose(out, expected(norms.astype(np.float64)), rtol=2e-5)
 
@@ -152,7 +144,7 @@ def _limit(limit, state, norm):
 
 def test_adagc_follows_its_equations_for_several_leaves():
     """The warm-up clips the whole update; then each leaf has a mean of its own."""
-    steps = np.stack([golden(1, 0.5), golden(2, 0.05)], axis=1)
+    steps = np.stack([golden.norms(1, 0.5), golden.norms(2, 0.05)], axis=1)
     tx = oc.adagc(warmup=50)
     params = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
 
