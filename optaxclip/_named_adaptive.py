@@ -377,7 +377,8 @@ def aggc(
     A group is made of all layers whose last key is the same (`q_proj`, `lm_head`). Norms above `high` times
     the mean are scaled down, those below `low` times the mean up; the mean follows what comes out. Both ends
     may be schedules: the authors move them linearly from one step to another, as
-    `optax.linear_schedule(0.7, 0.999, 1000, transition_begin=500)` does. See `limits.ema_band`.
+    `optax.linear_schedule(0.7, 0.999, 1000, transition_begin=500)` does. See `limits.ema_band`. Within
+    the band the `limit` in the state is infinite.
 
     Args:
       low: the lower end of the band, as a multiple of the mean: a number, an array or a schedule, a function
