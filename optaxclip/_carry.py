@@ -155,17 +155,12 @@ def _narrow(wide: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _check(part: Partition, buffer: list[jax.Array]) -> None:
-    advice = "Pass updates with the structure that `init` was given."
-    if len(buffer) != len(part.leaves):
-        raise ValueError(
-            f"{WHERE}: the update has {len(part.leaves)} leaves, {_checks.listed(part.paths)}; `init` saw "
-            f"{len(buffer)}. {advice}"
-        )
+    _checks.same_rows(WHERE, part.paths, (len(buffer),), "leaves")
     for path, leaf, kept, place in zip(part.paths, part.leaves, buffer, part.places, strict=True):
         if place is not None and leaf.shape != kept.shape:
             raise ValueError(
                 f"{WHERE}: the update's leaf {path!r} has shape {leaf.shape}, the buffer has shape "
-                f"{kept.shape} there. {advice}"
+                f"{kept.shape} there. Pass updates with the structure that `init` was given."
             )
 
 

@@ -2,27 +2,25 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from optaxclip import groups as _groups
+from optaxclip._apply import AxisName
 from optaxclip._base import Leaf, PyTree
 from optaxclip._partition import is_grouped, named_leaves, partition
-from optaxclip._read import times
-from optaxclip._walk import (
-    number,
-    real_dtype,
-    together,
-    walk,
-)
+from optaxclip._read import times, widen
+from optaxclip._walk import across, devices, names_of, number, real_dtype, together
 
 Axes = int | Sequence[int]
 
 
-def centralize(axis: Axes | Mapping[str, Axes] | None = None) -> optax.GradientTransformationExtraArgs:
+def centralize(
+    axis: Axes | Mapping[str, Axes] | None = None, *, axis_name: AxisName = None
+) -> optax.GradientTransformationExtraArgs:
     r"""Subtracts from each output unit of each array the mean of its entries: gradient centralisation.
 
     By default the mean runs over these axes, all but the outputs of JAX's layouts, as in `groups.unit`:
@@ -36,13 +34,16 @@ def centralize(axis: Axes | Mapping[str, Axes] | None = None) -> optax.GradientT
 
     Where a mean would be that of one entry, as in a dense layer with one input, the array is left alone: it
     would be zeros at every step. The mean is taken in float32 (float64 for such leaves) and dtypes are kept.
-    A NaN or an infinity makes its unit NaN. There is no state. Inside `shard_map` a device sees its own part
-    of an array only; under `jit` nothing is needed.
+    A NaN or an infinity makes its unit NaN. There is no state.
 
     Args:
       axis: the axes that the mean runs over, for all arrays of rank 2 or more, negative ones counted from the
         end; or a dict from pattern to axes, where the first pattern found in the path wins and the rest gets
         the default. PyTorch's and Equinox's `(out, in)` need `axis=1`; no axes, `()`, leave an array alone.
+      axis_name: inside `shard_map` or `pmap`, the mesh axes that the entries of a unit are split over, which
+        are those of the inputs; see `rescale_by_norm`. Mesh axes that split the outputs must not be among
+        them: each device has units of its own along these. Where one splits the inputs of some arrays and
+        the outputs of others, give each kind a `centralize` of its own, with `optax.partition`.
 
     Returns:
       A transformation with an `optax.EmptyState`.
@@ -63,7 +64,7 @@ def centralize(axis: Axes | Mapping[str, Axes] | None = None) -> optax.GradientT
     >>> print(updates["kernel"].tolist(), updates["bias"])
     [[-1.0, -0.5], [1.0, 0.5]] [1. 5.]
     """
-    where = "centralize"
+    where, names = "centralize", names_of(axis_name)
     by_pattern = axis if isinstance(axis, Mapping) else {"": axis}
     rules = [
         (_groups._compiled(where, pattern), _groups._axes(where, axes))
@@ -97,22 +98,36 @@ def centralize(axis: Axes | Mapping[str, Axes] | None = None) -> optax.GradientT
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
         del params, extra_args
-        paths = partition(_groups.whole(), updates).paths
-
-        def rule(leaf: jax.Array, k: int):
-            return _centred(leaf, axes_of(Leaf(paths[k], (), leaf))), (), None
-
-        walked = walk(where, _groups.whole(), updates, (), rule)
-        return together(walked.part, walked.made), state
+        part = partition(_groups.whole(), updates)
+        chosen = {}
+        for k, (leaf, path, place) in enumerate(zip(part.leaves, part.paths, part.places, strict=True)):
+            axes = () if place is None else axes_of(Leaf(path, (), leaf))
+            count = math.prod(leaf.shape[a] for a in axes)
+            count *= devices(leaf, names) if axes else 1
+            if count > 1:
+                chosen[k] = _Unit(widen(leaf, real_dtype(leaf)), axes, count)
+        totals = across(jax.lax.psum, {k: unit.total() for k, unit in chosen.items()}, part.leaves, names)
+        return together(part, {k: unit.without(totals[k]) for k, unit in chosen.items()}), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _centred(leaf: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    count = math.prod(leaf.shape[a] for a in axes)
-    if count == 1:
-        return leaf
-    least = 2.0 ** -math.ceil(math.log2(count))  # a power of two, so that a sum does not overflow
-    real = real_dtype(leaf)
-    total = jnp.sum(times(leaf, number(least, real)), axis=axes, keepdims=True)
-    return leaf - times(total, number(1 / (least * count), real))
+class _Unit(NamedTuple):
+    """An array, the axes of its mean, and how many entries this is the mean of, on all devices."""
+
+    leaf: jax.Array
+    axes: tuple[int, ...]
+    entries: int
+
+    @property
+    def least(self) -> float:
+        """A power of two, so that a sum does not overflow."""
+        return 2.0 ** -math.ceil(math.log2(self.entries))
+
+    def total(self) -> jax.Array:
+        scaled = times(self.leaf, number(self.least, real_dtype(self.leaf)))
+        return jnp.sum(scaled, axis=self.axes, keepdims=True)
+
+    def without(self, total: jax.Array) -> jax.Array:
+        """The array less the mean that the total over all devices gives."""
+        return self.leaf - times(total, number(1 / (self.least * self.entries), real_dtype(self.leaf)))

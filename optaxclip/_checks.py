@@ -1,12 +1,20 @@
 """Argument checks, so that errors have one voice: where, what was wrong, what to do."""
 
+import functools
 import math
-from collections.abc import Iterable
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# How errors begin in what a named method is made of: where, and the argument at fault.
+INSIDE = re.compile(r"(?:rescale_by_norm|groups\.\w+|limits\.\w+|responses\.\w+): (\w+)")
 
 NO_PARAMS = (
     "You are using a transformation that requires the current value of parameters, but you are not passing "
@@ -14,7 +22,32 @@ NO_PARAMS = (
 )
 
 
-def is_number(value: Any) -> bool:
+def named(**own: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Lets a method's errors name the method and its own arguments, not what it is made of.
+
+    Args:
+      own: from the name of an argument inside to the method's name for it, where they differ.
+    """
+
+    def wrap(method: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(method)
+        def called(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return method(*args, **kwargs)
+            except (TypeError, ValueError) as error:
+                text = str(error)
+                found = INSIDE.match(text)
+                if found is None:
+                    raise
+                name = own.get(found[1], found[1])
+                raise type(error)(f"{method.__name__}: {name}{text[found.end() :]}") from None
+
+        return called
+
+    return wrap
+
+
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether `value` is known now: a Python or NumPy number rather than an array or a tracer."""
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
@@ -32,6 +65,11 @@ def numeric(where: str, **arguments: Any) -> None:
         raise TypeError(
             f"{where}: {name} is {value!r}, of type {type(value).__name__}. Pass a number or an array."
         )
+
+
+def unscheduled(**arguments: Any) -> dict[str, Any]:
+    """Those of the arguments that can be checked now: schedules have no value yet."""
+    return {name: value for name, value in arguments.items() if not callable(value)}
 
 
 def nonnegative(where: str, **arguments: Any) -> None:
@@ -102,6 +140,33 @@ def listed(names: Iterable[str], most: int = 12) -> str:
     names = list(names)
     shown = ", ".join(map(repr, names[:most]))
     return shown if len(names) <= most else f"{shown}, ... ({len(names)} in all)"
+
+
+def per_row(where: str, name: str, shape: tuple[int, ...], rows: Sequence[str]) -> None:
+    """Raises unless an array of this shape has one entry, or one for each row; a tree may have no rows."""
+    if rows and math.prod(shape) != 1 and shape != (len(rows),):
+        raise ValueError(
+            f"{where}: {name} has shape {shape} for {len(rows)} rows of groups, {listed(rows)}. Pass one "
+            "number, or one for each row."
+        )
+
+
+def same_rows(
+    where: str, names: Sequence[str], before: tuple[int, ...], kind: str = "rows of groups"
+) -> None:
+    """Raises unless there are as many names as a vector of the state has entries.
+
+    Args:
+      where: the public name, for the error.
+      names: the names of the rows of the tree in `update`.
+      before: the shape of the vector that `init` made.
+      kind: what the names are of.
+    """
+    if before != (len(names),):
+        raise ValueError(
+            f"{where}: the tree has {len(names)} {kind}, {listed(names)}; `init` saw {before[0]}. Pass "
+            "updates with the structure that `init` was given."
+        )
 
 
 def finite_order(where: str, p: Any) -> None:

@@ -1,6 +1,5 @@
 """What no factor per group can express: rules for single entries, that remember."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,15 +8,19 @@ import numpy as np
 import optax
 
 from optaxclip import _checks, groups as _groups
+from optaxclip._apply import AxisName
 from optaxclip._base import PyTree
+from optaxclip._learning import power_mean
 from optaxclip._partition import partition
 from optaxclip._read import times, widen
 from optaxclip._walk import (
+    across,
     count,
     counted,
     counters,
+    devices,
+    names_of,
     number,
-    power_mean,
     real_dtype,
     rest,
     together,
@@ -248,7 +251,9 @@ def _unit(leaf: jax.Array, modulus: jax.Array) -> jax.Array:
     return jax.lax.complex(leaf.real / size, leaf.imag / size)
 
 
-def adaptive_value_clip(decay: float | jax.Array = 0.999) -> optax.GradientTransformationExtraArgs:
+def adaptive_value_clip(
+    decay: float | jax.Array = 0.999, *, axis_name: AxisName = None
+) -> optax.GradientTransformationExtraArgs:
     r"""Scales down the entries of a leaf that are above the running mean of its largest modulus.
 
     $$T_t = \frac{m_t}{1 - d^t}, \qquad m_t = d\,m_{t-1} + (1 - d)\,g^{\max}_t, \qquad
@@ -260,10 +265,11 @@ def adaptive_value_clip(decay: float | jax.Array = 0.999) -> optax.GradientTrans
     Nothing is clipped at the first step. A leaf of zeros, or with an entry that is NaN or infinite, is not
     learned from; there the largest finite modulus counts, infinite entries become T and NaN stays NaN. All is
     reckoned in float32 (float64 for such leaves), and dtypes are kept. The state is four numbers per leaf.
-    Inside `shard_map` a device sees its own part of a leaf only; under `jit` nothing is needed.
 
     Args:
       decay: d, the weight of the past per step, from 0 to 1.
+      axis_name: inside `shard_map` or `pmap`, the mesh axes that leaves are split over, as in
+        `rescale_by_norm`: the largest modulus is that of all devices, and the state is the same on them.
 
     Returns:
       A transformation with an `AdaptiveValueClipState`.
@@ -285,7 +291,7 @@ def adaptive_value_clip(decay: float | jax.Array = 0.999) -> optax.GradientTrans
     >>> print(updates["w"])
     [-5.        4.285714  1.      ]
     """
-    where = "adaptive_value_clip"
+    where, names = "adaptive_value_clip", names_of(axis_name)
     _checks.within(where, 0, 1, decay=decay)
 
     def init(params: PyTree) -> AdaptiveValueClipState:
@@ -298,39 +304,39 @@ def adaptive_value_clip(decay: float | jax.Array = 0.999) -> optax.GradientTrans
         del params, extra_args
         part = partition(_groups.leaf(), updates)
         rows = {k: place.first for k, place in enumerate(part.places) if place is not None}
-        if state.limit.shape != (len(rows),):
-            raise ValueError(
-                f"{where}: the tree has {len(rows)} leaves, {_checks.listed(part.table.names)}; `init` saw "
-                f"{len(state.limit)}. Pass updates with the structure that `init` was given."
-            )
+        _checks.same_rows(where, part.table.names, state.limit.shape, "leaves")
         step = jnp.asarray(optax.safe_increment(state.step))
         if not rows:
             return updates, state._replace(step=step)
-        found = {k: _peak(part.leaves[k]) for k in sorted(rows, key=rows.__getitem__)}
-        peak, finite = (jnp.stack(x) for x in zip(*found.values(), strict=True))
-        limit, weight = _learned(state, peak, finite, rest(decay, jnp.float32))
+        order = sorted(rows, key=rows.__getitem__)
+        peaks = across(jax.lax.pmax, {k: _peak(part.leaves[k]) for k in order}, part.leaves, names)
+        peak, bad = jnp.stack([peaks[k] for k in order], axis=1)
+        limit, weight = _learned(state, peak, bad == 0, rest(decay, jnp.float32))
         bound = jnp.where(weight > 0, limit, jnp.inf)
         made, over = {}, {}
         for k, row in rows.items():
             made[k], over[k] = _to_limit(part.leaves[k], peak[row], bound[row])
-        clipped = jnp.stack([over[k] for k in found])
+        over = across(jax.lax.psum, over, part.leaves, names)
+        clipped = jnp.stack([over[k] for k in order])
+        entries = sum(part.leaves[k].size * devices(part.leaves[k], names) for k in rows)
         return together(part, made), AdaptiveValueClipState(
             step=step,
             limit=limit,
             weight=weight,
-            share=jnp.sum(clipped) / np.float32(sum(part.leaves[k].size for k in rows)),
+            share=jnp.sum(clipped) / np.float32(entries),
             clipped=state.clipped + (clipped > 0).astype(jnp.int32),
-            nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
+            nonfinite=state.nonfinite + (bad > 0).astype(jnp.int32),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _peak(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The largest finite modulus of a leaf, and whether all of it is finite."""
+def _peak(leaf: jax.Array) -> jax.Array:
+    """The largest finite modulus of a leaf, and 1 if not all of it is finite."""
     modulus = jnp.abs(widen(leaf, real_dtype(leaf)))
     finite = jnp.isfinite(modulus)
-    return jnp.max(jnp.where(finite, modulus, 0)).astype(jnp.float32), jnp.all(finite)
+    peak = jnp.max(jnp.where(finite, modulus, 0)).astype(jnp.float32)
+    return jnp.stack([peak, (~jnp.all(finite)).astype(jnp.float32)])
 
 
 def _learned(
@@ -355,6 +361,3 @@ def _to_limit(leaf: jax.Array, peak: jax.Array, bound: jax.Array) -> tuple[jax.A
     scaled = times(times(wide, first), jnp.where(jnp.isfinite(bound), bound, 0) / peak)
     scaled = jnp.where(jnp.isfinite(modulus), scaled, times(_unit(wide, modulus), bound))
     return jnp.where(outside, scaled, wide).astype(leaf.dtype), count(outside)
-
-
-Axes = int | Sequence[int]

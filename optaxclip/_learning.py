@@ -5,10 +5,12 @@ zero the state is what it was before, and the next ordinary step meets the limit
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from optaxclip import _checks
 from optaxclip._base import Context, Limit, PyTree
 
 
@@ -46,3 +48,32 @@ def full(rows: int, value: float) -> jax.Array:
 def between(low: jax.Array, high: jax.Array, part: float | jax.Array) -> jax.Array:
     """The point between two at a share of the way; also a running mean, of the new, the old and its decay."""
     return low + part * (high - low)
+
+
+def at_step(value: Any, step: Any) -> jax.Array:
+    """A number, an array or a schedule at a step, as float32 or float64."""
+    value = jnp.asarray(value(step) if callable(value) else value)
+    value = jnp.real(value)  # complex under inject_hyperparams
+    return value.astype(jnp.float64 if value.dtype == jnp.float64 else jnp.float32)
+
+
+def power_mean(new: jax.Array, old: jax.Array, weight: float | jax.Array, power: Any) -> jax.Array:
+    """The root of a running mean of powers, without a power that leaves the dtype's range.
+
+    Args:
+      new: what to learn, not negative.
+      old: the root before.
+      weight: how much the new one counts, of 1.
+      power: the power; for 1 and 2, known now, without logarithms.
+    """
+    if _checks.is_number(power) and power == 1:
+        return (1 - weight) * old + weight * new
+    peak = jnp.maximum(new, old)
+    peak = jnp.where(peak > 0, peak, 1)
+    a, b = new / peak, old / peak
+    if _checks.is_number(power) and power == 2:
+        mean = (1 - weight) * b * b + weight * a * a
+        return jnp.where(mean > 0, peak * jnp.sqrt(jnp.where(mean > 0, mean, 1)), 0)
+    power = at_step(power, 0).astype(old.dtype)
+    mean = (1 - weight) * b**power + weight * a**power
+    return jnp.where(mean > 0, peak * jnp.where(mean > 0, mean, 1) ** (1 / power), 0)

@@ -122,14 +122,9 @@ def transformation(method: Method, axes: Axes, stacked: str | None) -> optax.Gra
         del extra_args
         part = partition(groups, updates)
         views = views_of(part)
-        rows = len(part.table.names)
-        if state.norm.shape != (rows,):
-            raise ValueError(
-                f"{where}: the tree has {rows} matrices, {_checks.listed(part.table.names)}; `init` saw "
-                f"{len(state.norm)}. Pass updates with the structure that `init` was given."
-            )
+        _checks.same_rows(where, part.table.names, state.norm.shape, "matrices")
         step = jnp.asarray(optax.safe_increment(state.step))
-        if not rows:
+        if not part.table.names:
             return updates, state._replace(step=step)
         found = _find(method, part, part.leaves, views, state.vector, state.step)
         values = _together(part, found)

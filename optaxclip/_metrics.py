@@ -1,7 +1,9 @@
 """The statistics of a state as a flat dict of scalars, ready for a logger."""
 
-from collections.abc import Sequence
-from typing import Any
+import collections
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,13 @@ from jax.core import Tracer
 
 from optaxclip import _checks, groups as _groups, norms as _norms
 from optaxclip._base import Groups, Norm, PyTree, Stats, Table
+from optaxclip._carry import CarryState
 from optaxclip._matrices import SpectralState
 from optaxclip._measure import merge
 from optaxclip._partition import partition
+from optaxclip._per_example import PerExampleState
 from optaxclip._rescale import RescaleState
+from optaxclip._skip import SkipState
 
 
 def metrics(
@@ -40,18 +45,41 @@ def metrics(
     | `clipped_fraction` | in which share of all steps the factor was not 1; for the whole, of any group |
     | `nonfinite_count` | in how many steps the norm was NaN or infinite |
 
+    Wrappers, and clipping each example, have statistics of their own beside those of what is in them; ° marks
+    those that are of the whole only:
+
+    | statistic | of | meaning |
+    | --- | --- | --- |
+    | `skip_norm` | `skip_updates` | the norm that came in |
+    | `skip_limit` | | the limit it was held against, infinite where the norm is not watched |
+    | `skipped_fraction` | | the share of all steps in which the norm, or of the whole anything, was off |
+    | `loss`, `loss_limit` | | ° the loss that came in and its limit; 0 and infinity where not watched |
+    | `loss_skipped_fraction` | | ° the share of all steps in which the loss was off |
+    | `carry_norm` | `carry_clipped` | ° the norm of what was cut off and is not yet passed on |
+    | `carry_lost` | | ° the sum of the norms of what the bound took from that |
+    | `example_norm` | `clip_per_example` | the mean norm of the examples with a finite one |
+    | `example_limit` | | the largest limit that they were held against |
+    | `example_clipped_fraction` | | the share of the last batch whose factor was not 1 |
+    | `example_nonfinite_count` | | how many examples had a norm that was NaN or infinite, in all updates |
+
+    Where these have no number for the whole, it is the largest of all groups.
+
     A group with several rows (`stacked`, `unit`) has one key for each, `layers[3]`, or is put together where
-    it has more than `expand`. States hold arrays and no names, which is why the parameters and the groups
-    are asked for; without them only the whole is reported.
+    it has more than `expand`; of the second table the largest is taken. States hold arrays and no names,
+    which is why the parameters and the groups are asked for; without them only the whole is reported.
 
     Args:
-      opt_state: the state of a `rescale_by_norm` or of a spectral method, or any state that holds one: of
-        `optax.chain`, `masked`, `partition`, `MultiSteps`, `inject_hyperparams`. If it holds several, their
+      opt_state: the state of a `rescale_by_norm`, of a spectral method, of `skip_updates`, `carry_clipped`
+        or `clip_per_example`, or any state that holds one: of `optax.chain`, `masked`, `partition`,
+        `MultiSteps`, `inject_hyperparams`. If it holds several with statistics of the same names, their
         prefixes are `clip_0`, `clip_1` and so on.
       params: the tree that `init` was given: parameters, updates or `jax.ShapeDtypeStruct`. Behind
         `optax.masked` and `optax.partition` that is the masked tree, with `optax.MaskedNode()` in place of
         what is left out; of a partition, pass the state of one part, `state.inner_states[label]`.
-      groups: the groups that the transformation was given, or a list with one for each state.
+      groups: the groups that the transformation was given, or a list with one for each state that has groups,
+        from the outermost in: all but that of `carry_clipped`; or with one for each `RescaleState` and
+        `SpectralState`. Of a `SkipState` or a `PerExampleState` beside these, only the whole is reported
+        where the groups given are not its own, by their number.
       norm: the norm that it was given.
       prefix: the first part of every key.
       separator: what stands between the parts.
@@ -62,7 +90,7 @@ def metrics(
 
     Raises:
       TypeError: if an argument is of the wrong type.
-      ValueError: if there is no `RescaleState`, or it has not as many rows as the groups.
+      ValueError: if there is no state to report, or it has not as many rows as the groups.
 
     >>> import jax.numpy as jnp, optax, optaxclip as oc
     >>> params = {"w": jnp.array([0.0, 0.0]), "b": jnp.array([0.0])}
@@ -75,51 +103,129 @@ def metrics(
     """
     where = "metrics"
     _checks.spec(where, Norm, norm=norm)
-    states = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(x)]
+    states = list(_states(opt_state))
     if not states:
         raise ValueError(
-            f"{where}: no RescaleState in a state of type {type(opt_state).__name__}. Pass the state of an "
-            "optimizer with rescale_by_norm, or a method made of it, or a spectral method in it."
+            f"{where}: no RescaleState in a state of type {type(opt_state).__name__}, nor one of another "
+            "method that metrics knows. Pass the state of an optimizer with one of them in it."
         )
-    each = [groups] * len(states) if isinstance(groups, Groups) else list(groups)
-    if len(each) != len(states):
-        raise ValueError(f"{where}: {len(each)} groups for {len(states)} states. Pass one for each state.")
-    found = {}
-    for k, (state, own) in enumerate(zip(states, each, strict=True)):
-        _checks.spec(where, Groups, groups=own)
-        first = prefix if len(states) == 1 else f"{prefix}_{k}"
+    found, seen = {}, collections.Counter()
+    several = collections.Counter(_kind(state) for state in states)
+    for state, own in zip(states, _groups_of(states, groups, params), strict=True):
+        kind = _kind(state)
+        first = prefix if several[kind] == 1 else f"{prefix}_{seen[kind]}"
+        seen[kind] += 1
         for (statistic, group), value in _of_state(state, params, own, norm, expand).items():
             found[separator.join((first, statistic, group))] = value
     return found
 
 
-def _is_state(x: Any) -> bool:
-    return isinstance(x, RescaleState | SpectralState)
+Clip: TypeAlias = RescaleState | SpectralState
+Known: TypeAlias = Clip | SkipState | CarryState | PerExampleState
+
+
+def _states(tree: PyTree) -> Iterator[Known]:
+    """All states that are known, those inside others behind them."""
+    for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Known)):
+        if isinstance(x, Known):
+            yield x
+        if isinstance(x, SkipState | CarryState):
+            yield from _states(x.inner)
+
+
+def _kind(state: Known) -> type:
+    """States of one kind have statistics of the same names."""
+    return RescaleState if isinstance(state, Clip) else type(state)
+
+
+def _groups_of(
+    states: Sequence[Known], groups: Groups | Sequence[Groups], params: PyTree
+) -> list[Groups | None]:
+    """The groups of each state, None for those whose rows have no names."""
+    clips = [k for k, state in enumerate(states) if isinstance(state, Clip)]
+    named = [k for k, state in enumerate(states) if not isinstance(state, CarryState)]
+    if isinstance(groups, Groups):
+        # A wrapper's groups may well be others than those of the clip in it.
+        rows = len(partition(groups, params).table.names) if clips and params is not None else None
+        own = {k: groups for k in named if k in clips or rows in (None, len(states[k].norm))}
+    else:
+        listed = list(groups)
+        of = named if len(listed) == len(named) else clips
+        if len(listed) != len(of):
+            raise ValueError(
+                f"metrics: {len(listed)} groups for {len(named)} states. Pass one for each state."
+            )
+        own = dict(zip(of, listed, strict=True))
+    for each in own.values():
+        _checks.spec("metrics", Groups, groups=each)
+    return [own.get(k) for k in range(len(states))]
 
 
 def _of_state(
-    state: RescaleState | SpectralState, params: PyTree, groups: Groups, norm: Norm, expand: int
+    state: Known, params: PyTree, groups: Groups | None, norm: Norm, expand: int
 ) -> dict[tuple[str, str], Any]:
     xp = jnp
+    if isinstance(state, SkipState | CarryState):
+        state = state._replace(inner=())  # the optimizer's
+    if isinstance(state, CarryState):
+        state = state._replace(buffer=())
     if not any(isinstance(x, Tracer) for x in jax.tree.leaves(state)):
         state, xp = jax.device_get(state), np  # one transfer, in place of one for each scalar
     step = xp.maximum(state.step, 1).astype(np.float32)
+    rows, whole, together = _statistics(state, step, norm)
     found = {}
-    if params is not None:
+    if params is not None and groups is not None:
         table = _table(state, params, groups)
-        stats = _columns(Stats(*(getattr(state, field) for field in Stats._fields)), step)
         for group, (first, count) in table.spans.items():
             if count > expand:
-                together = _together(stats, slice(first, first + count), table, norm)
-                found |= {(statistic, group): value for statistic, value in together.items()}
+                merged = together(rows, slice(first, first + count), table)
+                found |= {(statistic, group): value for statistic, value in merged.items()}
             else:
                 for row in range(first, first + count):
-                    found |= {(statistic, table.names[row]): x[row] for statistic, x in stats.items()}
-    found |= {(statistic, "whole"): x for statistic, x in _columns(state.whole, step).items()}
+                    found |= {(statistic, table.names[row]): x[row] for statistic, x in rows.items()}
+    found |= {(statistic, "whole"): x for statistic, x in whole.items()}
     return found if xp is jnp else {key: np.asarray(value)[()] for key, value in found.items()}
 
 
-def _table(state: RescaleState | SpectralState, params: PyTree, groups: Groups) -> Table:
+def _statistics(
+    state: Known, step: Any, norm: Norm
+) -> tuple[dict[str, Any], dict[str, Any], Callable[[dict[str, Any], slice, Table], dict[str, Any]]]:
+    """Those of the rows, those of the whole, and how many rows are put together."""
+    match state:
+        case RescaleState() | SpectralState():
+            stats = Stats(*(getattr(state, field) for field in Stats._fields))
+            return _columns(stats, step), _columns(state.whole, step), functools.partial(_together, norm=norm)
+        case SkipState():
+            rows = {
+                "skip_norm": state.norm,
+                "skip_limit": state.limit,
+                "skipped_fraction": state.skipped.astype(np.float32) / step,
+            }
+            own = {
+                "skipped_fraction": state.total.astype(np.float32) / step,
+                "loss": state.loss,
+                "loss_limit": state.loss_limit,
+                "loss_skipped_fraction": state.loss_skipped.astype(np.float32) / step,
+            }
+        case PerExampleState():
+            own = {}
+            rows = {
+                "example_norm": state.norm,
+                "example_limit": state.limit,
+                "example_clipped_fraction": state.clipped,
+                "example_nonfinite_count": state.nonfinite,
+            }
+        case CarryState():
+            rows, own = {}, {"carry_norm": state.norm, "carry_lost": state.lost}
+    return rows, {name: x.max() for name, x in rows.items() if x.size} | own, _largest
+
+
+def _largest(stats: dict[str, Any], own: slice, table: Table) -> dict[str, Any]:
+    del table
+    return {statistic: x[own].max() for statistic, x in stats.items()}
+
+
+def _table(state: Any, params: PyTree, groups: Groups) -> Table:
     """The table of the groups, checked against the state."""
     table = partition(groups, params).table
     if state.norm.shape != (len(table.names),):
@@ -145,7 +251,7 @@ def _columns(stats: Stats, step: Any) -> dict[str, Any]:
     }
 
 
-def _together(stats: dict[str, Any], own: slice, table: Table, norm: Norm) -> dict[str, Any]:
+def _together(stats: dict[str, Any], own: slice, table: Table, *, norm: Norm) -> dict[str, Any]:
     """Many rows as one: norms put together, the share of clipped rows, the most frequent non-finite one."""
     found = {
         statistic: merge(norm, jnp.asarray(stats[statistic][own]), table.sizes[own])

@@ -10,12 +10,13 @@ from optaxclip import _checks, groups as _groups, limits, norms, responses
 from optaxclip._apply import AxisName, Nonfinite
 from optaxclip._base import Groups
 from optaxclip._rescale import rescale_by_norm
-from optaxclip.limits import LimitLike
+from optaxclip.limits import LimitLike, as_limit
 
 Transformation: TypeAlias = optax.GradientTransformationExtraArgs
 Axis: TypeAlias = int | Sequence[int] | Mapping[str, int | Sequence[int]] | None
 
 
+@_checks.named()
 def clip_by_global_norm(
     max_norm: LimitLike,
     *,
@@ -49,9 +50,15 @@ def clip_by_global_norm(
     >>> print(updates["a"], updates["b"])
     [0.6] [0.8]
     """
-    return rescale_by_norm(max_norm, eps=eps, nonfinite=nonfinite, axis_name=axis_name)
+    return rescale_by_norm(
+        as_limit(max_norm, "clip_by_global_norm", "max_norm"),
+        eps=eps,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+    )
 
 
+@_checks.named()
 def clip_by_layerwise_norm(
     max_norm: LimitLike,
     *,
@@ -83,10 +90,15 @@ def clip_by_layerwise_norm(
     [0.6] [0.8] [0.5]
     """
     return rescale_by_norm(
-        max_norm, groups=_groups.layer(), eps=eps, nonfinite=nonfinite, axis_name=axis_name
+        as_limit(max_norm, "clip_by_layerwise_norm", "max_norm"),
+        groups=_groups.layer(),
+        eps=eps,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
     )
 
 
+@_checks.named()
 def clip_by_leafwise_norm(
     max_norm: LimitLike,
     *,
@@ -116,9 +128,16 @@ def clip_by_leafwise_norm(
     >>> print(updates["w"], updates["b"])
     [0.6 0.8] [0.5]
     """
-    return rescale_by_norm(max_norm, groups=_groups.leaf(), eps=eps, nonfinite=nonfinite, axis_name=axis_name)
+    return rescale_by_norm(
+        as_limit(max_norm, "clip_by_leafwise_norm", "max_norm"),
+        groups=_groups.leaf(),
+        eps=eps,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+    )
 
 
+@_checks.named()
 def clip_by_groupwise_norm(
     max_norm: LimitLike,
     groups: Groups,
@@ -150,9 +169,16 @@ def clip_by_groupwise_norm(
     >>> print(updates["embed"], updates["a"], updates["b"])
     [0.6 0.8] [0.3] [0.4]
     """
-    return rescale_by_norm(max_norm, groups=groups, eps=eps, nonfinite=nonfinite, axis_name=axis_name)
+    return rescale_by_norm(
+        as_limit(max_norm, "clip_by_groupwise_norm", "max_norm"),
+        groups=groups,
+        eps=eps,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+    )
 
 
+@_checks.named()
 def clip_by_unitwise_norm(
     max_norm: LimitLike,
     axis: Axis = None,
@@ -186,10 +212,15 @@ def clip_by_unitwise_norm(
      [0.8 0.4]]
     """
     return rescale_by_norm(
-        max_norm, groups=_groups.unit(axis), eps=eps, nonfinite=nonfinite, axis_name=axis_name
+        as_limit(max_norm, "clip_by_unitwise_norm", "max_norm"),
+        groups=_groups.unit(axis),
+        eps=eps,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
     )
 
 
+@_checks.named()
 def clip_by_block_rms(
     threshold: LimitLike,
     *,
@@ -223,10 +254,16 @@ def clip_by_block_rms(
     [ 1. -1.  1.]
     """
     return rescale_by_norm(
-        threshold, groups=_groups.leaf(), norm=norms.rms(), eps=eps, nonfinite=nonfinite, axis_name=axis_name
+        as_limit(threshold, "clip_by_block_rms", "threshold"),
+        groups=_groups.leaf(),
+        norm=norms.rms(),
+        eps=eps,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
     )
 
 
+@_checks.named(ratio="clipping", floor="eps")
 def adaptive_grad_clip(
     clipping: float | jax.Array | Callable[[Any], Any],
     eps: float | jax.Array = 1e-3,
@@ -274,9 +311,6 @@ def adaptive_grad_clip(
     """
     if groups is not None and axis is not None:
         raise ValueError("adaptive_grad_clip: both axis and groups are given. Pass groups.unit(axis).")
-    _checks.nonnegative(
-        "adaptive_grad_clip", eps=eps, **({} if callable(clipping) else {"clipping": clipping})
-    )
     return rescale_by_norm(
         limits.relative(clipping, eps),
         groups=groups or _groups.unit(axis),
@@ -285,6 +319,7 @@ def adaptive_grad_clip(
     )
 
 
+@_checks.named()
 def normalize_by_global_norm(
     norm: LimitLike = 1.0,
     *,
@@ -320,10 +355,15 @@ def normalize_by_global_norm(
     [0.6] [0.8]
     """
     return rescale_by_norm(
-        norm, response=responses.normalize(), eps=eps, nonfinite=nonfinite, axis_name=axis_name
+        as_limit(norm, "normalize_by_global_norm", "norm"),
+        response=responses.normalize(),
+        eps=eps,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
     )
 
 
+@_checks.named()
 def normalize_by_layerwise_norm(
     norm: LimitLike = 1.0,
     *,
@@ -359,7 +399,7 @@ def normalize_by_layerwise_norm(
     [0.6 0.8] [0.6 0.8]
     """
     return rescale_by_norm(
-        norm,
+        as_limit(norm, "normalize_by_layerwise_norm", "norm"),
         groups=_groups.layer(),
         response=responses.normalize(),
         eps=eps,

@@ -1,6 +1,7 @@
 """Published methods with limits that follow the norms, each one return statement."""
 
-from typing import Literal, TypeAlias
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
 
 import jax
 import optax
@@ -9,7 +10,7 @@ from optaxclip import _checks, groups as _groups, limits, responses
 from optaxclip._apply import AxisName, Nonfinite
 from optaxclip._base import Groups
 from optaxclip._rescale import rescale_by_norm
-from optaxclip.limits import LimitLike
+from optaxclip.limits import LimitLike, as_limit
 
 Transformation: TypeAlias = optax.GradientTransformationExtraArgs
 Number: TypeAlias = float | jax.Array
@@ -24,6 +25,7 @@ def _module_type(path: str, leaf: object) -> str:
 MODULE_TYPES = _groups.labels(_module_type)
 
 
+@_checks.named(q="percentile")
 def autoclip(
     percentile: Number = 10.0,
     window: int | None = None,
@@ -75,6 +77,7 @@ def autoclip(
     )
 
 
+@_checks.named(q="percentile")
 def quantile_clip(
     percentile: Number = 90.0,
     window: int = 1000,
@@ -124,6 +127,7 @@ def quantile_clip(
     )
 
 
+@_checks.named()
 def zclip(
     decay: Number = 0.97,
     z: Number = 2.5,
@@ -196,9 +200,10 @@ def zclip(
 
 
 def _capped(limit: LimitLike, most: LimitLike | None) -> LimitLike:
-    return limit if most is None else limits.at_most(limit, most)
+    return limit if most is None else limits.at_most(limit, as_limit(most, "zclip", "max_norm"))
 
 
+@_checks.named()
 def adagc(
     slack: Number = 1.04,
     decay: Number = 0.99,
@@ -254,6 +259,7 @@ def adagc(
     )
 
 
+@_checks.named()
 def clip_by_historical_norm(
     k: Number = 3.0,
     window: int = 128,
@@ -302,6 +308,7 @@ def clip_by_historical_norm(
     )
 
 
+@_checks.named()
 def clip_by_adaptive_quantile(
     target: Number = 0.5,
     rate: Number = 0.2,
@@ -353,9 +360,10 @@ def clip_by_adaptive_quantile(
     )
 
 
+@_checks.named()
 def aggc(
-    low: Number = 1.0,
-    high: Number = 1.0,
+    low: Number | Callable[[Any], Any] = 1.0,
+    high: Number | Callable[[Any], Any] = 1.0,
     decay: Number = 0.98,
     most_up: Number = 1.1,
     most_down: Number = 0.9,
@@ -367,11 +375,15 @@ def aggc(
     r"""Keeps the norm of each kind of module between two multiples of its running mean.
 
     A group is made of all layers whose last key is the same (`q_proj`, `lm_head`). Norms above `high` times
-    the mean are scaled down, those below `low` times the mean up; the mean follows what comes out.
+    the mean are scaled down, those below `low` times the mean up; the mean follows what comes out. Both ends
+    may be schedules: the authors move them linearly from one step to another, as
+    `optax.linear_schedule(0.7, 0.999, 1000, transition_begin=500)` does. See `limits.ema_band`. Within
+    the band the `limit` in the state is infinite.
 
     Args:
-      low: the lower end of the band, as a multiple of the mean; at most `high`.
-      high: the upper end.
+      low: the lower end of the band, as a multiple of the mean: a number, an array or a schedule, a function
+        from the number of updates that came before to one of these. Where it is above `high`, `high` acts.
+      high: the upper end, likewise.
       decay: the weight of the past in the mean per step.
       most_up: the largest factor.
       most_down: the least factor.
@@ -384,12 +396,12 @@ def aggc(
 
     Raises:
       TypeError: if an argument is of the wrong type.
-      ValueError: if a number is outside its range.
+      ValueError: if a number is outside its range, or `low` is a number above `high`.
 
     References:
       Li et al., [Adaptive Group Gradient Clipping](https://arxiv.org/abs/2601.11864), 2026. The authors' mean
       starts at 0 and has the second step scaled by `most_down` and many after it; here the first norm starts
-      it. Their schedules of `low` and `high` are numbers here.
+      it.
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> tx = oc.aggc(decay=0.5)
@@ -399,19 +411,16 @@ def aggc(
     >>> print(updates["w"])
     [1.8]
     """
-    if _checks.is_number(low) and _checks.is_number(high) and low > high:
-        raise ValueError(
-            f"aggc: low is {low!r}, above high, {high!r}. Pass the lower end of the band as low."
-        )
     return rescale_by_norm(
-        limits.ema(high, decay),
-        response=responses.band(low / high, most_up=most_up, most_down=most_down),
+        limits.ema_band(low, high, decay),
+        response=responses.band(1.0, most_up=most_up, most_down=most_down),
         groups=groups,
         nonfinite=nonfinite,
         axis_name=axis_name,
     )
 
 
+@_checks.named()
 def adanorm(
     decay: Number = 0.95,
     *,
@@ -456,6 +465,7 @@ def adanorm(
     )
 
 
+@_checks.named()
 def gradient_stabilizer(
     first: Number = 0.7,
     second: Number = 0.9,
@@ -494,8 +504,8 @@ def gradient_stabilizer(
     >>> state = tx.init({"w": jnp.zeros(1)})
     >>> for size in (1.0, 1000.0):
     ...     updates, state = tx.update({"w": jnp.array([size])}, state)
-    >>> print(updates["w"])
-    [0.81139356]
+    >>> print(f"{updates['w'][0]:.4f}")
+    0.8114
     """
     return rescale_by_norm(
         limits.moment_ratio(first, second, eps=eps),
@@ -506,6 +516,7 @@ def gradient_stabilizer(
     )
 
 
+@_checks.named()
 def normalize_by_running_norm(
     decay: Number = 0.25,
     eps: Number = 1e-6,

@@ -5,16 +5,17 @@ from typing import Literal, TypeAlias
 import jax
 import optax
 
-from optaxclip import groups as _groups, responses
+from optaxclip import _checks, groups as _groups, responses
 from optaxclip._apply import AxisName, Nonfinite
 from optaxclip._base import Groups
 from optaxclip._rescale import rescale_by_norm
-from optaxclip.limits import LimitLike
+from optaxclip.limits import LimitLike, as_limit
 
 Transformation: TypeAlias = optax.GradientTransformationExtraArgs
 Number: TypeAlias = float | jax.Array
 
 
+@_checks.named(eps="gamma")
 def automatic_clip(
     max_norm: LimitLike = 1.0,
     gamma: Number = 0.01,
@@ -52,7 +53,7 @@ def automatic_clip(
     [1.5]
     """
     return rescale_by_norm(
-        max_norm,
+        as_limit(max_norm, "automatic_clip", "max_norm"),
         response=responses.normalize(),
         groups=groups,
         eps=gamma,
@@ -61,6 +62,7 @@ def automatic_clip(
     )
 
 
+@_checks.named()
 def psac_clip(
     max_norm: LimitLike = 1.0,
     r: Number = 0.1,
@@ -98,10 +100,15 @@ def psac_clip(
     [0.6666667]
     """
     return rescale_by_norm(
-        max_norm, response=responses.psac(r), groups=groups, nonfinite=nonfinite, axis_name=axis_name
+        as_limit(max_norm, "psac_clip", "max_norm"),
+        response=responses.psac(r),
+        groups=groups,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
     )
 
 
+@_checks.named(floor="delta")
 def delta_clip(
     max_norm: LimitLike = 0.1,
     delta: Number = 1e-3,
@@ -141,7 +148,7 @@ def delta_clip(
     [2.]
     """
     return rescale_by_norm(
-        max_norm,
+        as_limit(max_norm, "delta_clip", "max_norm"),
         response=responses.clip(delta),
         groups=groups,
         eps=eps,
@@ -150,6 +157,7 @@ def delta_clip(
     )
 
 
+@_checks.named()
 def smooth_clip(
     max_norm: LimitLike = 1.0,
     kind: Literal["rational", "sqrt"] = "rational",
@@ -188,7 +196,7 @@ def smooth_clip(
     [0.75]
     """
     return rescale_by_norm(
-        max_norm,
+        as_limit(max_norm, "smooth_clip", "max_norm"),
         response=responses.soft(kind),
         groups=groups,
         eps=eps,

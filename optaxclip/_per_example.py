@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _checks, groups as _groups, norms as _norms, responses as _responses
-from optaxclip._apply import Nonfinite, apply, checked
+from optaxclip._apply import AxisName, Nonfinite, apply, checked
 from optaxclip._base import Groups, Leaf, Norm, PyTree, Response, Stats, Table
-from optaxclip._partition import Partition, named_leaves, partition
+from optaxclip._partition import named_leaves, partition
 from optaxclip.limits import LimitLike, as_limit
 
 Reduce: TypeAlias = Literal["mean", "sum"]
@@ -109,6 +109,7 @@ def clip_per_example(
     eps: jax.typing.ArrayLike = 0.0,
     nonfinite: Nonfinite = "zero",
     reduce: Reduce = "mean",
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips the gradient of each example by itself, and averages over the batch.
 
@@ -140,6 +141,10 @@ def clip_per_example(
         one bad example does not spoil the batch; `"propagate"` makes the group NaN in the result. Counted in
         the state either way.
       reduce: `"mean"` or `"sum"`. The mean divides by the batch size: dropped examples count, as in DP-SGD.
+      axis_name: inside `shard_map` or `pmap`, the mesh axes that the parameters are split over, so that an
+        example's norm is that of all its parts; see `rescale_by_norm`. An axis that splits the batch is not
+        among them. With one, update and state are those of a device's own examples: average the update over
+        it with `jax.lax.pmean`; `per_example_quantile` needs the whole batch on each device.
 
     Returns:
       A transformation with a `PerExampleState`.
@@ -164,7 +169,7 @@ def clip_per_example(
     """
     quantile = limit if isinstance(limit, PerExampleQuantile) else None
     rule = as_limit(1.0 if isinstance(limit, PerExampleQuantile) else limit, WHERE)
-    options = checked(WHERE, groups, norm, response, eps, nonfinite, None)
+    options = checked(WHERE, groups, norm, response, eps, nonfinite, axis_name)
     _checks.one_of(WHERE, ("mean", "sum"), reduce=reduce)
 
     def init(params: PyTree) -> PerExampleState:
@@ -179,7 +184,7 @@ def clip_per_example(
         batch = _batch_size(named_leaves(updates), params)
         leaves, treedef = jax.tree.flatten(updates)
         part = partition(groups, treedef.unflatten([_of_one(leaf) for leaf in leaves]))
-        _check_rows(part, state)
+        _checks.same_rows(WHERE, part.table.names, state.norm.shape)
         new = state._replace(step=jnp.asarray(optax.safe_increment(state.step)))
         wide = {k: _wide(leaf) for k, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)}
         if batch and part.table.names:
@@ -213,12 +218,8 @@ def _without_arrays(state: PyTree) -> PyTree:
 def _first(limit: PerExampleQuantile, table: Table) -> jax.Array:
     """The first limits of the rows."""
     rows, initial = len(table.names), jnp.asarray(limit.initial, jnp.float32)
-    if rows and initial.shape not in ((), (1,), (rows,)):
-        raise ValueError(
-            f"per_example_quantile: initial has shape {initial.shape} for {rows} rows of groups, "
-            f"{_checks.listed(table.names)}. Pass one number, or one per row."
-        )
-    return jnp.full((rows,), initial) if rows else jnp.zeros((0,), jnp.float32)
+    _checks.per_row("per_example_quantile", "initial", initial.shape, table.names)
+    return jnp.full((rows,), initial.ravel()) if rows else jnp.zeros((0,), jnp.float32)
 
 
 def _moved(limit: PerExampleQuantile, held: jax.Array, norms: jax.Array) -> jax.Array:
@@ -261,15 +262,6 @@ def _batch_size(leaves: list[Leaf], params: PyTree) -> int:
                 f"{leaves[0].path!r} has a batch of {first[0]}. Give all leaves the same leading batch axis."
             )
     return jnp.shape(leaves[0].value)[0] if leaves else 0
-
-
-def _check_rows(part: Partition, state: PerExampleState) -> None:
-    rows = len(part.table.names)
-    if state.norm.shape != (rows,):
-        raise ValueError(
-            f"{WHERE}: an example has {rows} rows of groups, {_checks.listed(part.table.names)}; "
-            f"`init` saw {len(state.norm)}. Pass updates with the structure that `init` was given."
-        )
 
 
 def _of_one(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -1,6 +1,5 @@
 """Limits with a few running numbers for each group; public in `limits`."""
 
-import math
 from typing import Any, Literal
 
 import jax
@@ -9,80 +8,6 @@ import jax.numpy as jnp
 from optaxclip import _checks
 from optaxclip._base import Context, Limit, PyTree
 from optaxclip._learning import between, full, learning
-
-
-def ema(
-    slack: float | jax.Array,
-    decay: float | jax.Array = 0.98,
-    *,
-    warmup: int = 0,
-    max_norm: float | jax.Array = math.inf,
-    eps: float | jax.Array = 0.0,
-) -> Limit:
-    r"""Allows `slack` times the running mean of a group's own norm.
-
-    $$c_t = s\,\mu_{t-1}, \qquad \mu_t = d\,\mu_{t-1} + (1 - d)\, n'_t$$
-
-    where n' is the norm that comes out of the response, so that one spike cannot raise the next limit by
-    much: with clipping a limit grows by at most a factor of 1 + (1 - d)(s - 1) a step.
-
-    *Warm-up*: for the first `warmup` steps the whole update is clipped to `max_norm` and μ is the least norm
-    that came out; without warm-up the first norm has no limit and is μ. *History*: norms after the response.
-    *Non-finite and zero norms* are not learned from, so that a zero in the warm-up cannot freeze a group.
-
-    Args:
-      slack: how far above its mean a norm may go, as a ratio, usually a little above 1.
-      decay: weight of the past per step, from 0 to 1. The mean forgets over about `1 / (1 - decay)` steps.
-      warmup: how many steps the warm-up takes.
-      max_norm: the limit on the whole update in the warm-up.
-      eps: what the engine adds to norms; the same as there.
-
-    Returns:
-      A `Limit` whose state is the means, float32 of shape `(rows,)`.
-
-    Raises:
-      TypeError: if an argument is of the wrong type.
-      ValueError: if a number is outside its range.
-
-    References:
-      Wang et al., [AdaGC](https://arxiv.org/abs/2502.11034), 2025.
-
-    >>> import jax.numpy as jnp, optaxclip as oc
-    >>> tx = oc.clip_by_global_norm(oc.limits.ema(2.0, decay=0.5))
-    >>> state = tx.init({"w": jnp.zeros(1)})
-    >>> for size in (1.0, 9.0, 9.0):
-    ...     updates, state = tx.update({"w": jnp.array([size])}, state)
-    ...     print(updates["w"])
-    [1.]
-    [2.]
-    [3.]
-    """
-    where = "limits.ema"
-    _checks.positive(where, slack=slack, max_norm=max_norm)
-    _checks.within(where, 0, 1, decay=decay)
-    _checks.whole_number(where, warmup=warmup)
-    _checks.nonnegative(where, eps=eps)
-    slack, decay, max_norm, eps = _checks.real(slack, decay, max_norm, eps)
-
-    def init(rows: int) -> PyTree:
-        return full(rows, jnp.inf)
-
-    def limit(norm: jax.Array, mean: PyTree, after: Any, ctx: Context) -> jax.Array:
-        del after
-        # No more than one group's share: the factor is that of the whole update.
-        whole = ctx.total.astype(norm.dtype) + eps
-        over = whole > max_norm
-        share = jnp.where(over, max_norm, 1) / jnp.where(over, whole, 1)
-        early = jnp.where(over, (norm + eps) * share, jnp.inf)
-        return jnp.where(ctx.step < warmup, early, slack * mean)
-
-    def learn(norm: jax.Array, mean: PyTree, ctx: Context) -> PyTree:
-        held = limit(norm, mean, None, ctx)
-        seen = norm * ctx.response.factor(norm, held)
-        later = jnp.where(mean < jnp.inf, between(seen, jnp.where(mean < jnp.inf, mean, 0), decay), seen)
-        return jnp.where(ctx.step < warmup, jnp.minimum(mean, seen), later)
-
-    return learning(init, learn, limit)
 
 
 def zscore(

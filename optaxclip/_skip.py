@@ -185,13 +185,8 @@ def _loss(extra_args: dict[str, Any]) -> jax.Array:
 
 def _held_norms(rule: Limit, part: Partition, state: SkipState, params: PyTree, options: Options) -> _Held:
     """Measures the groups and holds them against their limits."""
-    rows = len(part.table.names)
-    if state.norm.shape != (rows,):
-        raise ValueError(
-            f"{WHERE}: the tree has {rows} rows of groups, {_checks.listed(part.table.names)}; `init` saw "
-            f"{len(state.norm)}. Pass updates with the structure that `init` was given."
-        )
-    if not rows:
+    _checks.same_rows(WHERE, part.table.names, state.norm.shape)
+    if not part.table.names:
         return _Held(state.norm, state.limit, jnp.zeros((0,), jnp.bool), state.rule)
     found, context = looked_at(rule, state.step, part, params, options)
     return _held(rule, found.norm, state.rule, context)

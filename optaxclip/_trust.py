@@ -11,11 +11,12 @@ import optax
 from optaxclip import _checks, groups as _groups, norms, responses
 from optaxclip._apply import AxisName, Nonfinite, checked, measured, table_of
 from optaxclip._base import Groups, Limit, PyTree
+from optaxclip._learning import power_mean
 from optaxclip._partition import Partition, matching, named_leaves, partition
 from optaxclip._read import times, widen
 from optaxclip._rescale import rescale_by_norm
 from optaxclip._scale import scale
-from optaxclip._walk import number, power_mean, rest, together, walk, zeros
+from optaxclip._walk import number, rest, together, walk, zeros
 from optaxclip.limits import as_limit
 
 Number: TypeAlias = float | jax.Array

@@ -1,13 +1,16 @@
 """Trees of entry-wise state beside the updates: leaf by leaf, at the same paths."""
 
+import collections
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from optaxclip import _checks
+from optaxclip import _checks, _mesh
+from optaxclip._apply import AxisName
 from optaxclip._base import Groups, Leaf, PyTree
 from optaxclip._partition import Partition, is_grouped, named_leaves, partition
 from optaxclip._read import widen
@@ -98,6 +101,44 @@ def _place(where: str, part: Partition, k: int, leaves: Sequence[Any], places: M
     return at
 
 
+def across(
+    reduce: Callable[[jax.Array, tuple[str, ...]], jax.Array],
+    values: Mapping[int, jax.Array],
+    leaves: Sequence[Any],
+    axis_name: Sequence[str],
+) -> dict[int, jax.Array]:
+    """What each device found in its part of the leaves, put together: one collective for each set of axes.
+
+    Args:
+      reduce: `jax.lax.psum`, or another of its kind.
+      values: arrays, by the place of the leaf that they are about.
+      leaves: the leaves, which say over which axes they are split.
+      axis_name: manual mesh axes; a leaf that is whole on all devices of an axis is counted once.
+    """
+    found, alike = dict(values), collections.defaultdict(list)
+    for k, x in values.items():
+        apart = k if _mesh.is_partitioned(jnp.asarray(leaves[k])) else None  # not to be merged with others
+        alike[_mesh.varying_axes(leaves[k]), x.dtype, apart].append(k)
+    for own in alike.values():
+        split = _mesh.split_axes(leaves[own[0]], axis_name)
+        if split:
+            ends = np.cumsum([values[k].size for k in own])[:-1]
+            flat = jnp.concatenate([values[k].ravel() for k in own]) if len(own) > 1 else values[own[0]]
+            parts = jnp.split(reduce(flat, tuple(sorted(split))).ravel(), ends)
+            found |= {k: x.reshape(values[k].shape) for k, x in zip(own, parts, strict=True)}
+    return found
+
+
+def names_of(axis_name: AxisName) -> tuple[str, ...]:
+    """The mesh axes that the public argument names."""
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+
+
+def devices(leaf: jax.Array, axis_name: Sequence[str]) -> int:
+    """How many devices hold a part of a leaf, along the axes named."""
+    return _mesh.axis_size(_mesh.split_axes(leaf, axis_name))
+
+
 def together(part: Partition, made: Mapping[int, jax.Array]) -> PyTree:
     """The updates, with new leaves in the dtypes of the old ones."""
     leaves = [made[k].astype(x.dtype) if k in made else x for k, x in enumerate(part.leaves)]
@@ -126,25 +167,3 @@ def counted(state: Any, walked: Walked) -> dict[str, jax.Array]:
 def count(mask: jax.Array) -> jax.Array:
     """How many entries are true, float32."""
     return jnp.sum(mask, dtype=jnp.float32)
-
-
-def power_mean(new: jax.Array, old: jax.Array, weight: jax.Array, power: Any) -> jax.Array:
-    """The root of a running mean of powers, without a power that leaves the dtype's range.
-
-    Args:
-      new: what to learn, not negative.
-      old: the root before.
-      weight: how much the new one counts, of 1.
-      power: the power; for 1 and 2, known now, without logarithms.
-    """
-    if _checks.is_number(power) and power == 1:
-        return (1 - weight) * old + weight * new
-    peak = jnp.maximum(new, old)
-    peak = jnp.where(peak > 0, peak, 1)
-    a, b = new / peak, old / peak
-    if _checks.is_number(power) and power == 2:
-        mean = (1 - weight) * b * b + weight * a * a
-        return jnp.where(mean > 0, peak * jnp.sqrt(jnp.where(mean > 0, mean, 1)), 0)
-    power = number(power, old.dtype)
-    mean = (1 - weight) * b**power + weight * a**power
-    return jnp.where(mean > 0, peak * jnp.where(mean > 0, mean, 1) ** (1 / power), 0)

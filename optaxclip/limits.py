@@ -15,8 +15,10 @@ import numpy as np
 
 from optaxclip import _checks
 from optaxclip._base import Context, Limit, Table
+from optaxclip._ema import ema, ema_band
+from optaxclip._learning import at_step
 from optaxclip._moments import moment_ratio, running_mean, running_rms
-from optaxclip._running import ema, quantile, zscore
+from optaxclip._running import quantile, zscore
 from optaxclip._windows import mean_std, percentile
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "budget",
     "constant",
     "ema",
+    "ema_band",
     "mean_std",
     "moment_ratio",
     "per_group",
@@ -49,22 +52,23 @@ def as_limit(limit: LimitLike, where: str, name: str = "limit") -> Limit:
     return _stateless(lambda norm, ctx, value: value, limit, where, name)
 
 
-def _value(value: Any, step: Any) -> jax.Array:
-    """A number, an array or a schedule at a step, as float32 or float64."""
-    value = jnp.real(
-        jnp.asarray(value(step) if callable(value) else value)
-    )  # complex under inject_hyperparams
-    return value.astype(jnp.float64 if value.dtype == jnp.float64 else jnp.float32)
+def _stateless(
+    rule: Callable, value: Any, where: str, name: str, needs_params: bool = False, **others: Any
+) -> Limit:
+    """A limit without state: `rule(norm, ctx, value)`, where `value` may be a schedule.
 
-
-def _stateless(rule: Callable, value: Any, where: str, name: str, needs_params: bool = False) -> Limit:
-    """A limit without state: `rule(norm, ctx, value)`, where `value` may be a schedule."""
+    It and `others` may be arrays, whose length is checked where the rows are first known.
+    """
     if not callable(value):
         _checks.nonnegative(where, **{name: value})
+
+    def init(table: Table) -> tuple[()]:
+        for argument, array in _checks.unscheduled(**{name: value}, **others).items():
+            _checks.per_row(where, argument, jnp.shape(array), table.names)
+        return ()
+
     return Limit(
-        lambda table: (),
-        lambda norm, state, ctx: (rule(norm, ctx, _value(value, ctx.step)), state),
-        needs_params,
+        init, lambda norm, state, ctx: (rule(norm, ctx, at_step(value, ctx.step)), state), needs_params
     )
 
 
@@ -243,13 +247,13 @@ def relative(ratio: LimitLike, floor: float | jax.Array = 1e-3) -> Limit:
         raise TypeError(f"{where}: ratio is a Limit. Pass a number, an array or a schedule.")
 
     def rule(norm, ctx, value):
-        size = jnp.maximum(ctx.params, _value(floor, ctx.step).astype(norm.dtype))
+        size = jnp.maximum(ctx.params, at_step(floor, ctx.step).astype(norm.dtype))
         ratio = value.astype(norm.dtype)
         # No limit of 0 times infinity: a ratio of 0 or infinity stands for itself.
         own = (ratio == 0) | (ratio == jnp.inf)
         return jnp.where(own & ~jnp.isnan(size), ratio, ratio * jnp.where(own, 1, size))
 
-    return _stateless(rule, ratio, where, "ratio", needs_params=True)
+    return _stateless(rule, ratio, where, "ratio", needs_params=True, floor=floor)
 
 
 def at_most(a: LimitLike, b: LimitLike) -> Limit:

@@ -154,9 +154,10 @@ def adaptive_quantile(norms, target=0.5, rate=0.2, initial=1.0):
 
 
 def aggc(norms, low=1.0, high=1.0, decay=0.98, most_up=1.1, most_down=0.9):
-    """Li 2026, with a mean that the first norm starts."""
+    """Li 2026, with a mean that the first norm starts; `low` and `high` are numbers or one for each step."""
     mean, out = None, []
-    for n in norms:
+    ends = (np.broadcast_to(end, len(norms)) for end in (low, high))
+    for n, low, high in zip(norms, *ends, strict=True):
         if not learnable(n):
             out.append(0.0 if n == 0 else np.nan)
             continue
@@ -204,6 +205,11 @@ def running_norm(norms, decay=0.25, eps=1e-6):
             square = n * n if square is None else decay * square + (1 - decay) * n * n
         out.append(n / (np.sqrt(square) + eps) if np.isfinite(n) else np.nan)
     return out
+
+
+def linear(steps, first, last, begin, width):
+    """From one number to another between two steps, and constant before and after, for each of `steps`."""
+    return first + (last - first) * np.clip((np.arange(steps) - begin) / width, 0, 1)
 
 
 def by_formula(norms, formula):

@@ -3,6 +3,7 @@
 import inspect
 
 import chex
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,17 +14,6 @@ import reference
 import optaxclip as oc
 
 DIRECTIONS = {"a": {"w": np.array([0.6, -0.8]), "b": np.array([0.0])}, "c": {"w": np.array([[1.0], [0.0]])}}
-# A norm that is not finite, a zero, and the step from which norms are ten times as large.
-SPIKES, NAN, INF, ZERO, RISE, STEPS = (60, 110, 160), 80, 130, 95, 180, 240
-
-
-def golden(seed, median=1.0):
-    """Norms with ordinary noise, three spikes, a NaN, an infinity, a zero step and a lasting rise."""
-    norms = median * np.exp(0.3 * np.random.default_rng(seed).normal(size=STEPS))
-    norms[list(SPIKES)] *= [30.0, 300.0, 3000.0]
-    norms[NAN], norms[INF], norms[ZERO] = np.nan, np.inf, 0.0
-    norms[RISE:] *= 10
-    return norms.astype(np.float32)
 
 
 def updates(norm, direction):
@@ -79,6 +69,33 @@ METHODS = {
         lambda: oc.aggc(low=0.7, high=1.3, decay=0.9, most_up=1.2, most_down=0.5),
         lambda n: reference.aggc(n, 0.7, 1.3, 0.9, 1.2, 0.5),
     ),
+    "aggc, schedules": (
+        lambda: oc.aggc(
+            optax.linear_schedule(0.98, 0.6, 60, 100),
+            optax.linear_schedule(1.0, 1.5, 80, 40),
+            decay=0.9,
+            most_up=2.0,
+            most_down=0.1,
+        ),
+        lambda n: reference.aggc(
+            n,
+            reference.linear(golden.STEPS, 0.98, 0.6, 100, 60),
+            reference.linear(golden.STEPS, 1.0, 1.5, 40, 80),
+            0.9,
+            2.0,
+            0.1,
+        ),
+    ),
+    "aggc, low above high as published": (
+        lambda: oc.aggc(jnp.float32(0.95), optax.linear_schedule(0.6, 0.7, 50, 50), decay=0.95),
+        lambda n: reference.aggc(n, 0.95, reference.linear(golden.STEPS, 0.6, 0.7, 50, 50), 0.95),
+    ),
+    "ema, schedule": (
+        lambda: oc.rescale_by_norm(oc.limits.ema(optax.linear_schedule(1.0, 2.0, 100, 50), 0.9)),
+        lambda n: reference.aggc(
+            n, 0.0, reference.linear(golden.STEPS, 1.0, 2.0, 50, 100), 0.9, most_down=0.0
+        ),
+    ),
     "adanorm": (oc.adanorm, reference.adanorm),
     "gradient_stabilizer": (oc.gradient_stabilizer, reference.gradient_stabilizer),
     "normalize_by_running_norm": (oc.normalize_by_running_norm, reference.running_norm),
@@ -100,7 +117,7 @@ METHODS = {
 def test_golden_sequences_agree_with_the_equations(method):
     """240 steps with noise, spikes, a NaN, an infinity, a zero and a rise, against NumPy in float64."""
     make, expected = METHODS[method]
-    norms = golden(0, median=0.5)
+    norms = golden.norms(0, median=0.5)
     out, _ = run(make(), norms)
     np.testing.assert_allclose(out, expected(norms.astype(np.float64)), rtol=2e-5)
 
@@ -127,7 +144,7 @@ def _limit(limit, state, norm):
 
 def test_adagc_follows_its_equations_for_several_leaves():
     """The warm-up clips the whole update; then each leaf has a mean of its own."""
-    steps = np.stack([golden(1, 0.5), golden(2, 0.05)], axis=1)
+    steps = np.stack([golden.norms(1, 0.5), golden.norms(2, 0.05)], axis=1)
     tx = oc.adagc(warmup=50)
     params = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
 
@@ -145,6 +162,7 @@ ADAPTIVE = {
     "percentile, window": lambda: oc.limits.percentile(50.0, window=8),
     "mean_std": lambda: oc.limits.mean_std(2.0, window=8, warmup=4),
     "ema": lambda: oc.limits.ema(1.5, decay=0.8),
+    "ema_band": lambda: oc.limits.ema_band(0.5, 1.5, decay=0.8),
     "ema, warm-up": lambda: oc.limits.ema(1.5, decay=0.8, warmup=4, max_norm=2.0),
     "zscore": lambda: oc.limits.zscore(2.0, warmup=4),
     "zscore, mean": lambda: oc.limits.zscore(2.0, warmup=4, mode="mean"),
@@ -174,7 +192,7 @@ def test_nothing_is_learned_from_nan_infinity_and_zero(limit):
     with_bad, limits_with_bad = learn(np.concatenate([noise[:6], bad, noise[6:]]))
     chex.assert_trees_all_equal(with_bad.rule, state.rule)
     np.testing.assert_array_equal(limits_with_bad[-6:], limits[-6:])
-    assert np.isfinite(limits[4:]).all() or "zscore" in limit or limit == "after"
+    assert np.isfinite(limits[4:]).all() or "zscore" in limit or limit in ("after", "ema_band")
 
 
 @pytest.mark.parametrize("limit", ADAPTIVE)
@@ -200,6 +218,15 @@ def test_a_zero_in_the_warm_up_of_adagc_freezes_nothing():
     np.testing.assert_allclose(out[10:], 1.0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("make", [oc.limits.ema, lambda c: oc.limits.ema_band(0.0, c)], ids=["ema", "band"])
+def test_a_schedule_that_is_nan_negative_or_zero_does_not_spoil_the_mean(make):
+    """Such a limit makes its step NaN or zeros, and no other."""
+    multiples = jnp.array([2.0, jnp.nan, 2.0, -1.0, 0.0, 2.0, 2.0])
+    out, state = run(oc.rescale_by_norm(make(lambda step: multiples[step])), np.ones(7))
+    np.testing.assert_allclose(out, [1, np.nan, 1, 0, 0, 1, 1], rtol=1e-6)
+    assert 0.9 < state.rule[0] <= 1
+
+
 def test_aggc_groups_by_the_kind_of_module():
     params = {
         f"block_{k}": {"q_proj": {"kernel": jnp.ones(2)}, "out": {"kernel": jnp.ones(3)}} for k in range(2)
@@ -215,6 +242,9 @@ ERRORS = [
     (lambda: oc.limits.mean_std(-1.0), "limits.mean_std: k is -1.0"),
     (lambda: oc.limits.ema(0.0), "limits.ema: slack is 0.0, among the numbers above 0."),
     (lambda: oc.limits.ema(1.0, decay=1.5), "limits.ema: decay is 1.5, among the numbers from 0 to 1."),
+    (lambda: oc.limits.ema_band(2.0, 1.0), "limits.ema_band: low is 2.0, above high, 1.0. Pass the lower"),
+    (lambda: oc.limits.ema_band(-1.0, 1.0), "limits.ema_band: low is -1.0, among the numbers from 0 to inf."),
+    (lambda: oc.limits.ema_band(0.0, 0.0), "limits.ema_band: high is 0.0, among the numbers above 0."),
     (lambda: oc.limits.zscore(mode="median"), "limits.zscore: mode is 'median'. Pass one of 'reciprocal'"),
     (lambda: oc.limits.zscore(warmup=1), "limits.zscore: warmup is 1, below 2."),
     (lambda: oc.limits.quantile(2.0), "limits.quantile: target is 2.0"),

@@ -4,6 +4,7 @@ import functools
 import re
 
 import chex
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,16 +15,14 @@ from versions import enable_x64
 
 import optaxclip as oc
 
-STEPS = 240
-SPIKES, NAN, INF, ZERO = (40, 110, 160), 80, 130, 95
 PARAMS = {"a": jnp.zeros(3), "b": jnp.zeros((2, 2))}
 
 
-def golden(seed):
+def entries(seed):
     """Updates of seven entries with noise, three spikes, a NaN, an infinity and a step of zeros."""
-    steps = np.random.default_rng(seed).normal(0.1, 1.0, size=(STEPS, 7))
-    steps[list(SPIKES)] *= [[3.0], [10.0], [30.0]]
-    steps[NAN, 2], steps[INF, 5], steps[ZERO] = np.nan, np.inf, 0.0
+    steps = np.random.default_rng(seed).normal(0.1, 1.0, size=(golden.STEPS, 7))
+    steps[list(golden.SPIKES)] *= [[3.0], [10.0], [30.0]]
+    steps[golden.NAN, 2], steps[golden.INF, 5], steps[golden.ZERO] = np.nan, np.inf, 0.0
     return steps.astype(np.float32)
 
 
@@ -61,19 +60,6 @@ def flat(trees):
     return np.concatenate([np.asarray(x).reshape(len(x), -1) for x in jax.tree.leaves(trees)], axis=1)
 
 
-def free(tx):
-    """A transformation of Optax, which mixes dtypes and ranks freely; this library's code does not."""
-
-    def as_optax_is_written(call):
-        def called(*args, **kwargs):
-            with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-                return call(*args, **kwargs)
-
-        return called
-
-    return optax.GradientTransformationExtraArgs(*map(as_optax_is_written, (tx.init, tx.update)))
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def scan(tx, steps):
     def step(state, row):
@@ -94,7 +80,7 @@ CLIPS = {
 def test_golden_sequences_agree_with_the_equations(clip, bound):
     """240 steps with noise, spikes, a NaN, an infinity and zeros, against NumPy in float64."""
     ours, theirs = CLIPS[clip]
-    steps = golden(0)
+    steps = entries(0)
     state, (updates, states) = scan(oc.carry_clipped(ours, bound=bound), steps)
     outputs, buffers, lost = u_clip(steps, theirs, np.inf if bound is None else bound)
     np.testing.assert_allclose(flat(updates), outputs, rtol=1e-4, atol=2e-5)
@@ -109,8 +95,8 @@ def test_golden_sequences_agree_with_the_equations(clip, bound):
 @pytest.mark.parametrize("clip", CLIPS)
 def test_what_came_out_and_the_buffer_add_up_to_what_came_in(clip):
     """Without a bound nothing is lost, at every step."""
-    steps = golden(1)
-    steps[[NAN, INF]] = 1.0
+    steps = entries(1)
+    steps[[golden.NAN, golden.INF]] = 1.0
     _, (updates, states) = scan(oc.carry_clipped(CLIPS[clip][0]), steps)
     out = np.cumsum(np.float64(flat(updates)), axis=0) + flat(states.buffer)
     np.testing.assert_allclose(out, np.cumsum(np.float64(steps), axis=0), atol=2e-4)
@@ -168,7 +154,7 @@ def test_an_output_that_is_not_finite_leaves_the_buffer_too():
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_16_bit_leaves_keep_their_dtype_and_carry_their_roundings(dtype):
     """The buffer is float32, and what does not fit into the leaf's dtype waits in it."""
-    tx = oc.carry_clipped(free(oc.clip_by_value(0.1)))
+    tx = oc.carry_clipped(golden.free(oc.clip_by_value(0.1)))
     grads = {"w": jnp.full(4, 0.0301, dtype), "c": jnp.full(2, 1 + 1j, jnp.complex64)}
     state = tx.init(grads)
     assert (state.buffer["w"].dtype, state.buffer["c"].dtype) == (jnp.float32, jnp.complex64)
@@ -203,7 +189,7 @@ def test_float64_leaves_have_a_float64_buffer():
 
 
 def test_a_clip_that_never_acts_changes_no_bit():
-    steps = golden(2)
+    steps = entries(2)
     state, (updates, _) = scan(oc.carry_clipped(oc.clip_by_value(jnp.inf)), steps)
     good = np.isfinite(steps).all(axis=1)
     np.testing.assert_array_equal(flat(updates)[good], steps[good])
@@ -212,8 +198,8 @@ def test_a_clip_that_never_acts_changes_no_bit():
 
 def test_a_bound_of_zero_is_the_clip_alone():
     """All that is cut off is lost, and counted."""
-    steps = np.abs(golden(3))
-    steps[[NAN, INF]] = 0
+    steps = np.abs(entries(3))
+    steps[[golden.NAN, golden.INF]] = 0
     state, (updates, _) = scan(oc.carry_clipped(oc.clip_by_value(0.8), bound=0.0), steps)
     np.testing.assert_allclose(flat(updates), np.clip(steps, -0.8, 0.8), rtol=1e-6)
     cut = np.linalg.norm(np.float64(steps) - np.clip(steps, -0.8, 0.8), axis=1).sum()
@@ -224,7 +210,7 @@ def test_a_bound_of_zero_is_the_clip_alone():
 def test_every_mode_agrees_with_the_plain_loop():
     """Updates and state do not depend on how JAX runs the wrapper."""
     tx = oc.carry_clipped(oc.clip_by_value(1.0), bound=4.0)
-    steps = golden(4)[[0, 40, 80, 2]]
+    steps = entries(4)[[0, 40, 80, 2]]
     state, seen = tx.init(PARAMS), []
     for row in jnp.asarray(steps):
         updates, state = tx.update(tree(row), state)
@@ -301,11 +287,11 @@ def test_it_works_masked_injected_and_behind_multi_steps():
     np.testing.assert_array_equal(state.inner_state.buffer["a"], np.full(3, 8.0))
     assert isinstance(state.inner_state.buffer["b"], optax.MaskedNode)
     bound = 2.0 * np.sqrt(7)
-    injected = free(optax.inject_hyperparams(oc.carry_clipped)(inner_clip=clip, bound=bound))
+    injected = golden.free(optax.inject_hyperparams(oc.carry_clipped)(inner_clip=clip, bound=bound))
     state, _ = scan(injected, steps)
     np.testing.assert_allclose(state.inner_state.norm, bound, rtol=1e-6)
     np.testing.assert_allclose(state.inner_state.lost, 3 * bound, rtol=1e-6)
-    behind = free(optax.MultiSteps(oc.carry_clipped(clip), 2))
+    behind = golden.free(optax.MultiSteps(oc.carry_clipped(clip), 2))
     state, (updates, _) = scan(behind, steps)
     np.testing.assert_array_equal(updates["a"][:, 0], [0.0, 1.0, 0.0, 1.0])
     np.testing.assert_allclose(state.inner_opt_state.buffer["a"], 4.0, rtol=1e-6)
@@ -372,7 +358,7 @@ ERRORS = [
     (
         init_and_update({"a": PARAMS["a"]}),
         ValueError,
-        "carry_clipped: the update has 1 leaves, 'a'; `init` saw 2. Pass updates with the structure that",
+        "carry_clipped: the tree has 1 leaves, 'a'; `init` saw 2. Pass updates with the structure that",
     ),
     (
         init_and_update({"a": PARAMS["a"], "b": jnp.zeros(4)}),

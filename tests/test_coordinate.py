@@ -4,6 +4,7 @@ import functools
 import re
 
 import chex
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,56 +14,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from versions import enable_x64
 
 import optaxclip as oc
-
-# Three spikes, a NaN, an infinity, a zero step, and the step from which entries are ten times as large.
-SPIKES, NAN, INF, ZERO, RISE, STEPS = (60, 110, 160), 80, 130, 95, 180, 240
-SHAPES = {"a": (2, 3), "b": (4,)}
-
-
-def golden(seed=0, zero=True):
-    """For each step ten entries: noise, spikes in some or all of them, and one that is not finite."""
-    rng = np.random.default_rng(seed)
-    steps = rng.normal(size=(STEPS, 10)) * np.exp(rng.normal(size=10))
-    for k, step in enumerate(SPIKES):
-        steps[step, : 4 + 3 * k] *= [30.0, 300.0, 3000.0][k]
-    steps[RISE:] *= 10
-    steps[NAN, 2], steps[NAN, 8], steps[INF, 5] = np.nan, np.nan, -np.inf
-    if zero:
-        steps[ZERO] = 0
-    return steps.astype(np.float32)
-
-
-def tree(flat):
-    """Ten entries as a tree; leading axes are kept."""
-    lead = flat.shape[:-1]
-    return {"a": flat[..., :6].reshape(*lead, 2, 3), "b": flat[..., 6:]}
-
-
-def flat(out):
-    lead = out["b"].shape[:-1]
-    return np.concatenate([np.reshape(out["a"], (*lead, 6)), out["b"]], axis=-1)
-
-
-def scan(tx, grads, params=None):
-    params = jax.tree.map(lambda x: jnp.zeros_like(x[0]), grads) if params is None else params
-
-    def step(state, grads):
-        updates, state = tx.update(grads, state, params)
-        return state, updates
-
-    return jax.lax.scan(step, tx.init(params), grads)
-
-
-@functools.cache
-def compiled(tx):
-    return jax.jit(functools.partial(scan, tx))
-
-
-def run(tx, steps, promotion="strict"):
-    """What comes out of a transformation, step by step, and its last state; Optax mixes dtypes freely."""
-    with jax.numpy_dtype_promotion(promotion):
-        state, out = compiled(tx)(tree(jnp.asarray(steps)))
-    return flat(out), state
 
 
 def acclip_reference(steps, b1=0.9, b2=0.99, alpha=1.0, eps=1e-5):
@@ -132,10 +83,10 @@ METHODS = {
 def test_golden_sequences_agree_with_the_equations(method):
     """240 steps with noise, spikes, a NaN, an infinity, a zero and a rise, against NumPy in float64."""
     make, expected = METHODS[method]
-    steps = golden()
-    out, state = run(make(), steps)
+    steps = golden.entries()
+    out, state = golden.run(make(), steps)
     np.testing.assert_allclose(out, expected(steps), rtol=1e-4, atol=1e-5)
-    assert np.asarray(state.step) == STEPS
+    assert np.asarray(state.step) == golden.STEPS
     assert np.asarray(state.nonfinite).max() == 2
     assert np.asarray(state.clipped).min() >= (2 if "mask" in method else 30)
     assert (~np.isclose(out, steps, equal_nan=True)).sum() >= 5
@@ -145,12 +96,12 @@ def test_golden_sequences_agree_with_the_equations(method):
 def test_entries_that_are_not_finite_are_not_learned(method):
     """The state of such an entry, or of its leaf where that shares a limit, is held; others do not notice."""
     tx = METHODS[method][0]()
-    steps = golden(3, zero=False)[:40]
+    steps = golden.entries(3, zero=False)[:40]
     bad = steps.copy()
     bad[30, 7] = np.nan
     bad[31, 8] = np.inf
-    out, clean = run(tx, steps)
-    with_bad, state = run(tx, bad)
+    out, clean = golden.run(tx, steps)
+    with_bad, state = golden.run(tx, bad)
     shared = "adaptive" in method
     untouched = [0, 1, 2, 3, 4, 5] if shared else [0, 1, 2, 3, 4, 5, 6, 9]
     np.testing.assert_array_equal(with_bad[:, untouched], out[:, untouched])
@@ -158,10 +109,10 @@ def test_entries_that_are_not_finite_are_not_learned(method):
     assert np.isfinite(with_bad[32:]).all()
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
     if shared:
-        after, _ = run(tx, np.delete(bad, [30, 31], axis=0))
+        after, _ = golden.run(tx, np.delete(bad, [30, 31], axis=0))
         np.testing.assert_array_equal(after[30:, 6:], with_bad[32:, 6:])
     elif "short" not in method:  # where a period is over, all is forgotten
-        _, without = run(tx, np.delete(steps, 30, axis=0))
+        _, without = golden.run(tx, np.delete(steps, 30, axis=0))
         for held, of_clean, expected in zip(*map(trees_of, (state, clean, without)), strict=True):
             np.testing.assert_array_equal(held["b"][1], expected["b"][1])
             np.testing.assert_array_equal(held["b"][jnp.array([0, 3])], of_clean["b"][jnp.array([0, 3])])
@@ -176,8 +127,8 @@ def test_only_non_finite_steps_leave_no_trace():
     for tx in (oc.mask_spikes(), oc.adaptive_value_clip()):
         for value in (np.nan, np.inf, 0.0):
             steps = np.full((42, 10), value, np.float32)
-            steps[-2:] = golden()[:2]
-            out, _ = run(tx, steps)
+            steps[-2:] = golden.entries()[:2]
+            out, _ = golden.run(tx, steps)
             np.testing.assert_array_equal(out[-2], steps[-2])
 
 
@@ -186,7 +137,7 @@ def test_an_entry_without_second_moment_is_no_spike():
     steps = np.zeros((60, 10), np.float32)
     steps[:, :5] = 1
     steps[50:, 5:] = 3
-    out, state = run(oc.mask_spikes(4.0, grace=10, decay=0.9), steps)
+    out, state = golden.run(oc.mask_spikes(4.0, grace=10, decay=0.9), steps)
     np.testing.assert_array_equal(out[50], steps[50])
     assert int(state.clipped) > 0  # its second moment is that of one gradient, with its bias
 
@@ -195,14 +146,14 @@ def test_a_spike_of_any_size_is_brought_to_the_limit():
     """Nothing overflows or vanishes on the way: not squares of 3e38, nor the ratio of 1e-3 to it."""
     steps = np.full((30, 10), 1e-3, np.float32)
     steps[25, :] = np.linspace(-3e38, 3e38, 10)
-    out, state = run(oc.mask_spikes(100.0, 500, 2, 0.9), steps)
+    out, state = golden.run(oc.mask_spikes(100.0, 500, 2, 0.9), steps)
     np.testing.assert_allclose(np.abs(out[25]), 1e-2 * np.sqrt(1 - 0.9**25), rtol=1e-5)
     assert np.isfinite(out).all()
     tx = oc.adaptive_value_clip(1.0)  # which learns nothing
     state = tx.init({"w": jnp.zeros(3)})._replace(limit=jnp.full(1, 1e-3), weight=jnp.ones(1))
     updates, _ = tx.update({"w": jnp.array([3e38, -1.5e38, 1e-4])}, state)
     np.testing.assert_allclose(updates["w"], [1e-3, -5e-4, 1e-4], rtol=1e-6)
-    out, state = run(oc.acclip(alpha=3.0), steps)
+    out, state = golden.run(oc.acclip(alpha=3.0), steps)
     assert np.isfinite(out).all()
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
@@ -223,24 +174,24 @@ def adam_reference(steps, period, warmup, b1=0.9, b2=0.999, eps=1e-8):
 
 def test_adam_with_resets_agrees_with_the_equations():
     """240 steps, five of them resets, each followed by a warm-up; a NaN and an infinity last till then."""
-    steps = golden()
-    out, state = run(oc.reset_momentum(optax.scale_by_adam(), 41, 15), steps, "standard")
+    steps = golden.entries()
+    out, state = golden.run(oc.reset_momentum(optax.scale_by_adam(), 41, 15), steps, promotion="standard")
     with np.errstate(invalid="ignore"):
         expected = adam_reference(steps, 41, 15)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
     assert int(state.resets) == 5
     assert int(state.since) == 240 % 41
     poisoned = np.isnan(out)
-    assert poisoned[NAN:81, 2].all()
+    assert poisoned[golden.NAN : 81, 2].all()
     assert not poisoned[81:, 2].any()  # the reset at update 82
     assert not poisoned[163:].any()
 
 
 def test_a_reset_starts_adam_anew():
     """From the reset, updates are those of a new optimizer, but for the warm-up."""
-    steps = golden(5)[:60]
-    out, _ = run(oc.reset_momentum(optax.adam(0.1), 30, 0), steps, "standard")
-    anew, _ = run(optax.adam(0.1), steps[29:58], "standard")
+    steps = golden.entries(5)[:60]
+    out, _ = golden.run(oc.reset_momentum(optax.adam(0.1), 30, 0), steps, promotion="standard")
+    anew, _ = golden.run(optax.adam(0.1), steps[29:58], promotion="standard")
     np.testing.assert_allclose(out[29:58], anew, rtol=1e-6)
 
 
@@ -251,13 +202,13 @@ def test_counts_of_schedules_go_on_and_those_of_moments_do_not():
         optax.inject_hyperparams(optax.adamw)(learning_rate=schedule),
         optax.scale_by_schedule(schedule),
     )
-    _, state = run(oc.reset_momentum(inner, 20, 5), golden(6)[:50], "standard")
+    _, state = golden.run(oc.reset_momentum(inner, 20, 5), golden.entries(6)[:50], promotion="standard")
     trace, injected, scheduled = state.inner
     assert int(injected.count) == 50
     assert int(scheduled.count) == 50
     assert int(optax.tree_utils.tree_get(injected.inner_state, "count", filtering=_of_adam)) == 11
-    fresh, _ = run(optax.trace(0.9), golden(6)[39:50])
-    np.testing.assert_allclose(trace.inner_state.trace["a"], tree(fresh[-1])["a"], rtol=1e-6)
+    fresh, _ = golden.run(optax.trace(0.9), golden.entries(6)[39:50])
+    np.testing.assert_allclose(trace.inner_state.trace["a"], golden.tree(fresh[-1])["a"], rtol=1e-6)
 
 
 def _of_adam(path, value):
@@ -278,9 +229,9 @@ def test_an_optimizer_that_holds_parameters_is_given_those_of_the_reset():
 def test_a_schedule_bounds_values():
     """The bound of ADOPT: the fourth root of the number of the step."""
     tx = oc.clip_by_value(lambda step: (step + 1).astype(jnp.float32) ** 0.25)
-    steps = golden()
-    out, state = run(tx, steps)
-    bound = (np.arange(STEPS) + 1.0)[:, None] ** 0.25
+    steps = golden.entries()
+    out, state = golden.run(tx, steps)
+    bound = (np.arange(golden.STEPS) + 1.0)[:, None] ** 0.25
     np.testing.assert_allclose(out, np.clip(steps.astype(np.float64), -bound, bound), rtol=1e-6)
     assert int(state.nonfinite) == 2
     updates, _ = oc.clip_by_value(lambda step: -1.0).update({"w": jnp.ones(2)}, tx.init({}))
@@ -289,13 +240,13 @@ def test_a_schedule_bounds_values():
 
 def test_a_schedule_of_values_gives_the_numbers_of_adopt():
     """Without momentum Optax's ADOPT is a division by the old second moment, and this."""
-    steps = golden(7)[:50]
-    theirs, _ = run(optax.contrib.adopt(1.0, b1=0.0, b2=0.9), steps, "standard")
+    steps = golden.entries(7)[:50]
+    theirs, _ = golden.run(optax.contrib.adopt(1.0, b1=0.0, b2=0.9), steps, promotion="standard")
     nu, divided = np.zeros(10), []
     for k, g in enumerate(steps.astype(np.float64)):
         divided.append(g / np.maximum(np.sqrt(nu), 1e-6))
         nu = (0.9 * nu + 0.1 * g * g) if k else g * g
-    ours, _ = run(oc.clip_by_value(lambda step: step**0.25), np.float32(divided), "standard")
+    ours, _ = golden.run(oc.clip_by_value(lambda step: step**0.25), np.float32(divided), promotion="standard")
     np.testing.assert_allclose(-ours[1:], theirs[1:], rtol=1e-4)
 
 
@@ -386,23 +337,7 @@ ALL = {
     "centralize": lambda c=0.9: oc.centralize(),
     "reset_momentum": lambda c=0.9: oc.reset_momentum(optax.trace(c), 3, 2),
 }
-GRADS = {
-    "layer": {"kernel": jnp.arange(6.0).reshape(2, 3) - 2, "half": jnp.ones((2, 2), jnp.bfloat16)},
-    "complex": jnp.array([1 + 2j, 3 - 1j], jnp.complex64),
-    "count": jnp.array([1, 2]),
-    "flag": jnp.array(True),
-    "none": None,
-    "empty": jnp.zeros((0, 3)),
-}
 SCALES = jnp.array([1.0, 50.0, 0.1, 2.0, 100.0])
-
-
-def step(tx, state, scale):
-    def scaled(x):
-        return x * scale.astype(x.real.dtype).astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
-
-    updates, state = tx.update(jax.tree.map(scaled, GRADS), state, GRADS)
-    return state, updates
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -410,25 +345,25 @@ def test_every_mode_agrees_with_the_plain_loop_and_dtypes_are_kept(method):
     """Eager, jit and scan give the same updates and states; what is not floating passes through."""
     # Optax's momentum mixes dtypes, which the tests of this library do not.
     tx = ALL[method]() if method != "reset_momentum" else oc.reset_momentum(oc.adaptive_value_clip(0.9), 3, 2)
-    state, history = tx.init(GRADS), []
+    state, history = tx.init(golden.MIXED), []
     shapes = jax.eval_shape(lambda: state)
     for scale in SCALES:
-        state, updates = step(tx, state, scale)
-        chex.assert_trees_all_equal_shapes_and_dtypes(updates, GRADS)
+        state, updates = golden.scaled_step(tx, state, scale)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, golden.MIXED)
         history.append(updates)
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(lambda: state), shapes)
     chex.assert_trees_all_equal_shapes_and_dtypes(
-        jax.eval_shape(tx.init, jax.eval_shape(lambda: GRADS)), shapes
+        jax.eval_shape(tx.init, jax.eval_shape(lambda: golden.MIXED)), shapes
     )
-    chex.assert_trees_all_equal_shapes_and_dtypes(tx.init(jax.eval_shape(lambda: GRADS)), shapes)
+    chex.assert_trees_all_equal_shapes_and_dtypes(tx.init(jax.eval_shape(lambda: golden.MIXED)), shapes)
     looped = jax.tree.map(lambda *x: jnp.stack(x), *history)
-    last, scanned = jax.jit(lambda state: jax.lax.scan(functools.partial(step, tx), state, SCALES))(
-        tx.init(GRADS)
-    )
+    last, scanned = jax.jit(
+        lambda state: jax.lax.scan(functools.partial(golden.scaled_step, tx), state, SCALES)
+    )(tx.init(golden.MIXED))
     chex.assert_trees_all_close(scanned, looped, rtol=1e-5)
     chex.assert_trees_all_close(last, state, rtol=1e-5)
     for name in ("count", "flag", "empty"):
-        chex.assert_trees_all_equal(updates[name], GRADS[name])
+        chex.assert_trees_all_equal(updates[name], golden.MIXED[name])
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -442,13 +377,17 @@ def test_methods_work_in_the_wrappers_of_optax(method):
         optax.inject_hyperparams(lambda c: make(c))(c=optax.linear_schedule(0.9, 0.5, 3)),
     ):
         with jax.numpy_dtype_promotion("standard"):
-            state, out = jax.jit(functools.partial(scan, tx))(tree(jnp.asarray(golden()[:6])), params)
+            state, out = jax.jit(functools.partial(golden.scan, tx))(
+                golden.tree(jnp.asarray(golden.entries()[:6])), params
+            )
         chex.assert_tree_all_finite(out)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
-    grads = tree(jnp.asarray(golden()[:4]))
-    both = jax.vmap(functools.partial(scan, make()))(jax.tree.map(lambda x: jnp.stack([x, 2 * x]), grads))
+    grads = golden.tree(jnp.asarray(golden.entries()[:4]))
+    both = jax.vmap(functools.partial(golden.scan, make()))(
+        jax.tree.map(lambda x: jnp.stack([x, 2 * x]), grads)
+    )
     chex.assert_trees_all_close(
-        jax.tree.map(lambda x: x[0], both[1]), scan(make(), grads)[1], rtol=1e-5, atol=1e-7
+        jax.tree.map(lambda x: x[0], both[1]), golden.scan(make(), grads)[1], rtol=1e-5, atol=1e-7
     )
 
 
@@ -467,9 +406,9 @@ def test_tree_map_params_finds_the_trees_like_parameters():
 
 def test_float64_is_reckoned_in_float64():
     with enable_x64(True):
-        steps = golden()[:20].astype(np.float64)
+        steps = golden.entries()[:20].astype(np.float64)
         for make, reference in (METHODS["acclip"], METHODS["mask_spikes, short"]):
-            _, out = scan(make(), {"a": jnp.asarray(steps)})
+            _, out = golden.scan(make(), {"a": jnp.asarray(steps)})
             assert out["a"].dtype == jnp.float64
             np.testing.assert_allclose(out["a"], reference(steps), rtol=1e-12)
 

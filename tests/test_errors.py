@@ -1,5 +1,6 @@
 """Bad input gets a clear error at the earliest point: where, what was wrong, at which leaf, what to do."""
 
+import inspect
 import re
 
 import jax
@@ -23,10 +24,11 @@ def update(tx, updates=PARAMS, params=None, of=PARAMS):
 
 
 FACTORY = [
-    (lambda: oc.clip_by_global_norm(-1), "rescale_by_norm: limit is -1, among the numbers from 0 to inf."),
-    (lambda: oc.clip_by_global_norm(float("nan")), "rescale_by_norm: limit is nan, among the numbers"),
+    (lambda: oc.clip_by_global_norm(-1), "clip_by_global_norm: max_norm is -1, among the numbers from 0 to"),
+    (lambda: oc.rescale_by_norm(-1), "rescale_by_norm: limit is -1, among the numbers from 0 to inf."),
+    (lambda: oc.clip_by_global_norm(float("nan")), "clip_by_global_norm: max_norm is nan, among the num"),
     (lambda: oc.clip_by_value(-1.0), "clip_by_value: max_delta is -1.0, among the numbers from 0 to inf."),
-    (lambda: oc.clip_by_global_norm(1.0, eps=-1e-6), "rescale_by_norm: eps is -1e-06"),
+    (lambda: oc.clip_by_global_norm(1.0, eps=-1e-6), "clip_by_global_norm: eps is -1e-06"),
     (lambda: oc.limits.constant(-2.0), "limits.constant: c is -2.0"),
     (lambda: oc.limits.per_group({"a": -2.0}), "limits.per_group: 'a' is -2.0"),
     (lambda: oc.limits.budget(-2.0), "limits.budget: total is -2.0"),
@@ -58,7 +60,7 @@ FACTORY = [
     ),
     (lambda: oc.adaptive_grad_clip(-0.1), "adaptive_grad_clip: clipping is -0.1"),
     (lambda: oc.adaptive_grad_clip(0.1, eps=-1), "adaptive_grad_clip: eps is -1"),
-    (lambda: oc.aggc(low=2.0), "aggc: low is 2.0, above high, 1.0. Pass the lower end of the band as low."),
+    (lambda: oc.aggc(low=2.0), "aggc: low is 2.0, above high, 1.0. Pass the lower end as low."),
     (
         lambda: oc.adaptive_grad_clip(0.1, axis=0, groups=LEAF),
         "adaptive_grad_clip: both axis and groups are given. Pass groups.unit(axis).",
@@ -68,11 +70,11 @@ FACTORY = [
 TYPES = [
     (
         lambda: oc.clip_by_global_norm("1"),
-        "rescale_by_norm: limit is '1', of type str. Pass a number or an arr",
+        "clip_by_global_norm: max_norm is '1', of type str. Pass a number or an array.",
     ),
     (
         lambda: oc.clip_by_global_norm({"a": 1}),
-        "rescale_by_norm: limit is a dict. Pass limits.per_group({name",
+        "clip_by_global_norm: max_norm is a dict. Pass limits.per_group({name: limit, ...}).",
     ),
     (lambda: oc.clip_by_value(None), "clip_by_value: max_delta is None, of type NoneType."),
     (
@@ -91,6 +93,17 @@ TYPES = [
     (lambda: oc.limits.budget(oc.limits.constant(1.0)), "limits.budget: total is a Limit."),
     (lambda: oc.limits.relative(oc.limits.constant(1.0)), "limits.relative: ratio is a Limit."),
     (lambda: oc.limits.after(1.5, 1.0, 2.0), "limits.after: steps is 1.5, of type float. Pass an integer."),
+    (
+        lambda: oc.clip_by_groupwise_norm(1.0, "leaf"),
+        "clip_by_groupwise_norm: groups is 'leaf', of type str. Pass one of optaxclip.groups.",
+    ),
+    (lambda: oc.adagc(groups=oc.groups.leaf), "adagc: groups is <function leaf"),
+    (lambda: oc.clip_by_unitwise_norm(1.0, axis=0.5), "clip_by_unitwise_norm: axis is 0.5, of type float."),
+    (
+        lambda: oc.adaptive_grad_clip(oc.limits.constant(1.0)),
+        "adaptive_grad_clip: clipping is a Limit. Pass a number, an array or a schedule.",
+    ),
+    (lambda: oc.clip_by_global_norm(), "missing 1 required positional argument: 'max_norm'"),
     (lambda: oc.norms.lp("2"), "norms.lp: p is '2', of type str. Pass a Python number."),
     (lambda: oc.groups.depth(1.0), "groups.depth: k is 1.0, of type float. Pass an integer."),
     (
@@ -158,6 +171,40 @@ INIT = [
         lambda: oc.clip_by_layerwise_norm(oc.limits.per_group({"dense": 1.0})).init(PARAMS),
         "limits.per_group: group 'head' has no limit. Groups: 'dense', 'head'. Give it one, or jnp.inf.",
     ),
+    (
+        lambda: oc.clip_by_layerwise_norm(jnp.ones(3)).init(PARAMS),
+        "clip_by_layerwise_norm: max_norm has shape (3,) for 2 rows of groups, 'dense', 'head'. Pass one",
+    ),
+    (
+        lambda: oc.clip_by_layerwise_norm(oc.limits.at_most(1.0, np.ones((2, 1)))).init(PARAMS),
+        "limits.at_most: b has shape (2, 1) for 2 rows of groups, 'dense', 'head'. Pass one number",
+    ),
+    (
+        lambda: oc.clip_by_layerwise_norm(
+            oc.limits.per_group({"dense": jnp.ones(2), "head": oc.limits.constant(jnp.ones(1))})
+        ).init(PARAMS),
+        "limits.per_group: 'dense' has shape (2,) for 1 rows of groups, 'dense'. Pass one number, or one for",
+    ),
+    (
+        lambda: oc.adaptive_grad_clip(0.1, jnp.ones(3), groups=LEAF).init({"a": PARAMS["head"]}),
+        "limits.relative: floor has shape (3,) for 1 rows of groups, 'a/kernel'. Pass one number, or one for",
+    ),
+    (
+        lambda: oc.clip_per_example(jnp.ones(3), groups=oc.groups.layer()).init(PARAMS),
+        "clip_per_example: limit has shape (3,) for 2 rows of groups, 'dense', 'head'. Pass one number",
+    ),
+    (
+        lambda: oc.clip_by_spectral_norm(jnp.ones(2)).init(PARAMS),
+        "clip_by_spectral_norm: max_norm has shape (2,) for 3 rows of groups, 'dense/bias', 'dense/kernel'",
+    ),
+    (
+        lambda: oc.skip_updates(optax.sgd(0.1), jnp.ones(3)).init(PARAMS),
+        "skip_updates: limit has shape (3,) for 1 rows of groups, 'whole'. Pass one number, or one for each",
+    ),
+    (
+        lambda: jax.eval_shape(lambda c: oc.clip_by_leafwise_norm(c).init(PARAMS), jnp.ones(2)),
+        "clip_by_leafwise_norm: max_norm has shape (2,) for 3 rows of groups, 'dense/bias', 'dense/kernel',",
+    ),
 ]
 
 UPDATE = [
@@ -178,12 +225,12 @@ UPDATE = [
         "limits.relative: the update's leaf 'dense/kernel' has shape (4, 3), the tree has shape (12,) there.",
     ),
     (
-        update(oc.clip_by_layerwise_norm(jnp.ones(3))),
+        update(oc.clip_by_layerwise_norm(lambda step: jnp.ones(3))),
         "rescale_by_norm: the limit has shape (3,) for 2 rows of groups, 'dense', 'head'. Pass one number",
     ),
     (
         lambda: oc.metrics(optax.sgd(0.1).init(PARAMS)),
-        "metrics: no RescaleState in a state of type tuple. Pass the state of an optimizer with rescale_by_n",
+        "metrics: no RescaleState in a state of type tuple, nor one of another method that metrics knows.",
     ),
     (
         lambda: oc.metrics(oc.clip_by_layerwise_norm(1.0).init(PARAMS), PARAMS),
@@ -194,6 +241,63 @@ UPDATE = [
         "metrics: 2 groups for 1 states. Pass one for each state.",
     ),
 ]
+
+
+NAMED = [
+    (lambda: oc.clip_by_block_rms(-1.0), "clip_by_block_rms: threshold is -1.0, among the numbers from 0"),
+    (lambda: oc.clip_by_unitwise_norm(-1.0), "clip_by_unitwise_norm: max_norm is -1.0"),
+    (lambda: oc.clip_by_groupwise_norm(-1.0, LEAF), "clip_by_groupwise_norm: max_norm is -1.0"),
+    (lambda: oc.clip_by_leafwise_norm(-1.0), "clip_by_leafwise_norm: max_norm is -1.0"),
+    (
+        lambda: oc.clip_by_leafwise_norm(1.0, nonfinite="skip"),
+        "clip_by_leafwise_norm: nonfinite is 'skip'. Pass one of 'propagate', 'zero'.",
+    ),
+    (lambda: oc.normalize_by_global_norm(-1.0), "normalize_by_global_norm: norm is -1.0"),
+    (lambda: oc.normalize_by_layerwise_norm(-1.0), "normalize_by_layerwise_norm: norm is -1.0"),
+    (lambda: oc.automatic_clip(gamma=-1.0), "automatic_clip: gamma is -1.0"),
+    (lambda: oc.psac_clip(r=0.0), "psac_clip: r is 0.0, among the numbers above 0."),
+    (lambda: oc.delta_clip(delta=2.0), "delta_clip: delta is 2.0, among the numbers from 0 to 1."),
+    (lambda: oc.smooth_clip(kind="hard"), "smooth_clip: kind is 'hard'. Pass one of 'rational', 'sqrt'."),
+    (lambda: oc.autoclip(101.0), "autoclip: percentile is 101.0, among the numbers from 0 to 100."),
+    (lambda: oc.autoclip(window=0), "autoclip: window is 0, below 1."),
+    (lambda: oc.quantile_clip(-1.0), "quantile_clip: percentile is -1.0"),
+    (lambda: oc.zclip(max_norm=-1.0), "zclip: max_norm is -1.0"),
+    (lambda: oc.zclip(z=0.0), "zclip: z is 0.0, among the numbers above 0."),
+    (lambda: oc.adagc(decay=2.0), "adagc: decay is 2.0, among the numbers from 0 to 1."),
+    (
+        lambda: oc.clip_by_historical_norm(warmup=200),
+        "clip_by_historical_norm: warmup is 200, above the window of 128. Pass 128 or less.",
+    ),
+    (lambda: oc.clip_by_adaptive_quantile(2.0), "clip_by_adaptive_quantile: target is 2.0"),
+    (lambda: oc.aggc(most_up=0.5), "aggc: most_up is 0.5, among the numbers from 1 to inf."),
+    (lambda: oc.adanorm(2.0), "adanorm: decay is 2.0"),
+    (lambda: oc.gradient_stabilizer(second=-1.0), "gradient_stabilizer: second is -1.0"),
+    (lambda: oc.normalize_by_running_norm(eps=-1.0), "normalize_by_running_norm: eps is -1.0"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), NAMED)
+def test_named_methods_name_themselves_and_their_own_arguments(call, message):
+    """Not the limits and responses that they are made of."""
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        call()
+    assert str(raised.value).startswith(message)
+
+
+def test_named_methods_show_their_arguments_to_tools():
+    """`optax.inject_hyperparams` reads the signature, and finds schedules by it."""
+    assert next(iter(inspect.signature(oc.clip_by_block_rms).parameters)) == "threshold"
+    tx = optax.inject_hyperparams(oc.clip_by_global_norm)(optax.linear_schedule(2.0, 1.0, 1))
+    state = tx.init(PARAMS)
+    assert float(state.hyperparams["max_norm"]) == 2
+
+
+def test_arrays_of_limits_may_meet_trees_without_leaves():
+    """As Optax's tools pass to `init`."""
+    tx = oc.clip_by_layerwise_norm(jnp.ones(2))
+    marked = optax.tree_utils.tree_map_params(tx, lambda _: 1, tx.init(PARAMS))
+    assert marked.norm.shape == (2,)
+    assert tx.update({}, tx.init({}))[0] == {}
 
 
 @pytest.mark.parametrize(("call", "message"), FACTORY + INIT + UPDATE)

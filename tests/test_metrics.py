@@ -128,3 +128,104 @@ def test_metrics_read_the_states_of_spectral_methods():
     norms = [found[f"clip/norm_before/{name}"] for name in ("w", "stack[0]", "stack[1]", "whole")]
     np.testing.assert_allclose(norms, [4, 1, 2, 4], rtol=1e-5)
     assert found["clip/norm_after/w"] == pytest.approx(2.5)
+
+
+def test_metrics_read_what_skip_updates_dropped_and_the_clip_in_it():
+    """By group the norms at fault, for the whole any fault; keys of the clip inside are what they were."""
+    inner = optax.chain(oc.clip_by_global_norm(1.0), optax.sgd(0.1))
+    tx = oc.skip_updates(inner, 10.0, groups=oc.groups.layer(), watch="both")
+    state = tx.init(GRADS)
+    for first, loss in ((1.0, 2.0), (9.0, 3.0), (1.0, jnp.nan), (0.5, 4.0)):
+        grads = {"a": {"w": first * GRADS["a"]["w"]}, "b": GRADS["b"]}
+        _, state = tx.update(grads, state, GRADS, value=jnp.float32(loss))
+    found = oc.metrics(state, GRADS, [oc.groups.layer(), oc.groups.whole()])
+    expected = {
+        "clip/skip_norm/a": 2.5,
+        "clip/skip_limit/a": 10,
+        "clip/skipped_fraction/a": 0.25,
+        "clip/skip_norm/b": 1,
+        "clip/skip_limit/b": 10,
+        "clip/skipped_fraction/b": 0,
+        "clip/skip_norm/whole": 2.5,
+        "clip/skip_limit/whole": 10,
+        "clip/skipped_fraction/whole": 0.5,
+        "clip/loss/whole": 4,
+        "clip/loss_limit/whole": 10,
+        "clip/loss_skipped_fraction/whole": 0.25,
+    }
+    clip = oc.metrics(state.inner, GRADS)
+    assert list(found) == [*expected, *clip]
+    np.testing.assert_allclose([found[key] for key in expected], list(expected.values()), rtol=1e-6)
+    assert {key: found[key] for key in clip} == clip
+    # Groups that are the clip's alone, or the parameters unknown: the skip is reported as a whole.
+    whole = {key: value for key, value in expected.items() if key.endswith("whole")}
+    for some in (oc.metrics(state, GRADS, oc.groups.whole()), oc.metrics(state, GRADS, [oc.groups.whole()])):
+        assert list(some) == [*whole, *clip]
+    assert set(oc.metrics(state)) == {*whole, *(key for key in clip if key.endswith("whole"))}
+
+
+def test_several_states_of_one_kind_are_numbered_and_others_are_not():
+    tx = oc.skip_updates(oc.skip_updates(oc.clip_by_global_norm(1.0), 50.0), 10.0)
+    found = oc.metrics(run(tx, 1.0))
+    assert found["clip_0/skip_limit/whole"] == 10
+    assert found["clip_1/skip_limit/whole"] == 50
+    assert found["clip/limit/whole"] == 1
+
+
+def test_metrics_read_what_is_carried():
+    """The buffer and what its bound took, beside the clip that cut it off."""
+    tx = optax.chain(oc.carry_clipped(oc.clip_by_global_norm(1.0), bound=3.0), optax.sgd(0.1))
+    found = oc.metrics(run(tx, 1.0), GRADS)
+    norm = 26**0.5
+    assert found["clip/carry_norm/whole"] == pytest.approx(3)
+    assert found["clip/carry_lost/whole"] == pytest.approx(norm - 4)
+    assert found["clip/norm_before/whole"] == pytest.approx(norm)
+    assert not any(key.startswith("clip/carry") and not key.endswith("/whole") for key in found)
+
+
+def test_metrics_read_what_became_of_each_example():
+    tx = oc.clip_per_example(2.0, groups=oc.groups.layer())
+    examples = {
+        "a": {"w": jnp.array([[3.0, 4.0], [0.6, 0.8], [jnp.nan, 0.0], [0.0, 3.0]])},
+        "b": {"w": jnp.array([[0.3, 0.4]] * 4)},
+    }
+    _, state = tx.update(examples, tx.init(GRADS))
+    found = oc.metrics(state, GRADS, oc.groups.layer())
+    expected = {
+        "clip/example_norm/a": 3,
+        "clip/example_limit/a": 2,
+        "clip/example_clipped_fraction/a": 0.5,
+        "clip/example_nonfinite_count/a": 1,
+        "clip/example_norm/b": 0.5,
+        "clip/example_limit/b": 2,
+        "clip/example_clipped_fraction/b": 0,
+        "clip/example_nonfinite_count/b": 0,
+        "clip/example_norm/whole": 3,
+        "clip/example_limit/whole": 2,
+        "clip/example_clipped_fraction/whole": 0.5,
+        "clip/example_nonfinite_count/whole": 1,
+    }
+    assert list(found) == list(expected)
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-6)
+    inside = jax.jit(lambda state: oc.metrics(state, GRADS, oc.groups.layer()))(state)
+    assert {k: float(v) for k, v in inside.items()} == {k: float(v) for k, v in found.items()}
+    with pytest.raises(ValueError, match="metrics: the state has 2 rows; these groups and parameters have 1"):
+        oc.metrics(state, GRADS)
+
+
+def test_the_largest_stands_for_many_rows_of_examples_and_skips():
+    grads = {"kernel": jnp.stack([jnp.array([3.0, 4.0]), jnp.array([0.3, 0.4])], axis=1)}
+    tx = oc.skip_updates(oc.clip_by_value(1.0), 2.0, groups=oc.groups.unit(), each=True)
+    _, state = tx.update(grads, tx.init(grads))
+    found = oc.metrics(state, grads, oc.groups.unit(), expand=1)
+    assert found["clip/skip_norm/kernel"] == 5
+    assert found["clip/skipped_fraction/kernel"] == 1
+    assert oc.metrics(state, grads, oc.groups.unit())["clip/skipped_fraction/kernel[1]"] == 0
+
+
+def test_trees_without_leaves_have_nothing_to_report_but_counts():
+    tx = oc.skip_updates(oc.clip_by_value(1.0))
+    found = oc.metrics(tx.init({}), {})
+    assert set(found) == {
+        f"clip/{name}/whole" for name in ("skipped_fraction", "loss", "loss_limit", "loss_skipped_fraction")
+    }

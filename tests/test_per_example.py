@@ -572,7 +572,7 @@ VALUES = [
     ),
     (
         updated({"body": examples()["body"]}, groups=LAYER),
-        "clip_per_example: an example has 1 rows of groups, 'body'; `init` saw 2. Pass updates with the",
+        "clip_per_example: the tree has 1 rows of groups, 'body'; `init` saw 2. Pass updates with the",
     ),
 ]
 STATEFUL = {

@@ -273,6 +273,136 @@ def test_axes_that_split_the_rows_stay_out_of_axis_name():
     assert_same(jax.jit(mapped)(GRADS["head"]["kernel"]), expected["head"]["kernel"])
 
 
+PER_EXAMPLE = {
+    "whole": lambda **kw: oc.clip_per_example(3.0, **kw),
+    "leaf, quantile": lambda **kw: oc.clip_per_example(
+        oc.per_example_quantile(0.5, rate=2.0), groups=oc.groups.leaf(), **kw
+    ),
+    "layer, budget": lambda **kw: oc.clip_per_example(
+        oc.limits.budget(3.0, by="size"), groups=oc.groups.layer(), **kw
+    ),
+}
+SCALES = np.float32([0.01, 0.1, 1.0, 0.0, 3.0, 10.0, 1e30, 1e-30])
+
+
+def batch_of(tree, axis=None):
+    """Eight examples, multiples of a tree; or the partition specs of such, for specs of the tree."""
+    if axis is None:
+        return jax.tree.map(lambda x: np.multiply.outer(SCALES, x), tree)
+    return jax.tree.map(lambda spec: P(*axis, *spec), tree, is_leaf=is_spec)
+
+
+@pytest.mark.parametrize("method", PER_EXAMPLE)
+def test_examples_whose_parts_are_on_several_devices_have_one_norm(method):
+    """Inside shard_map, with axis_name, per-example clipping gives the single-device update and state."""
+    layout, examples = LAYOUTS["mixed"], batch_of(GRADS)
+    examples["embed"]["table"][2, -1, -1] = np.nan
+
+    def two(tx, grads):
+        _, state = tx.update(grads, tx.init(PARAMS))
+        return tx.update(grads, state)
+
+    mapped = jax.shard_map(
+        functools.partial(two, PER_EXAMPLE[method](axis_name=("data", "model"))),
+        mesh=mesh_of("auto"),
+        in_specs=(batch_of(layout, [None]),),
+        out_specs=(layout, P()),
+    )
+    expected = jax.jit(functools.partial(two, PER_EXAMPLE[method]()))(examples)
+    assert expected[1].nonfinite.max() == 2
+    assert_same(jax.jit(mapped)(examples), expected, rtol=1e-5)
+
+
+def test_a_batch_over_one_axis_and_parameters_over_another():
+    """The mean over the axis of the batch is the user's; axis_name names that of the parameters alone."""
+    tx, layout = oc.clip_per_example(3.0, axis_name="model"), LAYOUTS["tensor"]
+
+    def step(grads):
+        updates, _ = tx.update(grads, tx.init(PARAMS))
+        return jax.lax.pmean(updates, "data")
+
+    mapped = jax.shard_map(
+        step, mesh=mesh_of("auto"), in_specs=(batch_of(layout, ["data"]),), out_specs=layout
+    )
+    alone = oc.clip_per_example(3.0)
+    expected, _ = jax.jit(alone.update)(batch_of(GRADS), alone.init(PARAMS))
+    assert_same(jax.jit(mapped)(batch_of(GRADS)), expected, rtol=1e-5)
+
+
+def three(tx, grads, value):
+    """What becomes of an ordinary update, one with other values, and one thirty times as large."""
+    state, out = tx.init(grads), []
+    for updates in (grads, value, jax.tree.map(lambda x: 30 * x, grads)):
+        updates, state = tx.update(updates, state)
+        out.append(updates)
+    return out, state
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_largest_entry_of_a_leaf_is_that_of_all_devices(layout):
+    """Inside shard_map, with axis_name, adaptive_value_clip gives the single-device updates and state."""
+    spec, alone = LAYOUTS[layout], jax.jit(functools.partial(three, oc.adaptive_value_clip(0.5)))
+    mapped = jax.shard_map(
+        functools.partial(three, oc.adaptive_value_clip(0.5, axis_name=("data", "model"))),
+        mesh=mesh_of("auto"),
+        in_specs=(spec, spec),
+        out_specs=([spec] * 3, P()),
+    )
+    compiled = jax.jit(mapped).lower(GRADS, GRADS).compile()
+    for value in VALUES.values():
+        expected = alone(GRADS, value)
+        assert_same(compiled(GRADS, value), expected, rtol=1e-5)
+        assert expected[1].clipped.max() > 0
+    found = collectives(compiled)  # of three updates: largest moduli, and how many entries were clipped
+    assert set(found) == {"all-reduce"}
+    assert len(found["all-reduce"]) <= 3 * 2 * AXIS_SETS[layout]
+
+
+def test_means_of_units_run_over_the_devices_that_inputs_are_split_over():
+    """Inside shard_map, with axis_name, centralize gives the single-device update.
+
+    A device may hold one input of several, all of them, or one output.
+    """
+    shapes = {"dense": (8, 4), "one": (4, 2), "whole": (6, 2), "outputs": (3, 2), "alone": (1, 4), "b": (8,)}
+    specs = {"dense": P("data", "model"), "one": P("data"), "whole": P(), "outputs": P(None, "model")}
+    specs |= {"alone": P(None, "model"), "b": P("data")}
+    rng = np.random.default_rng(4)
+    grads = {name: rng.normal(1, 1, size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+    def centred(axis_name):
+        tx = oc.centralize(axis_name=axis_name)
+        return lambda grads: tx.update(grads, tx.init(grads))[0]
+
+    mapped = jax.shard_map(centred("data"), mesh=mesh_of("auto"), in_specs=(specs,), out_specs=specs)
+    compiled = jax.jit(mapped).lower(grads).compile()
+    expected = jax.jit(centred(None))(grads)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), compiled(grads), expected
+    )
+    np.testing.assert_array_equal(expected["alone"], grads["alone"])
+    assert len(collectives(compiled)["all-reduce"]) <= 2
+
+
+def test_unchecked_shard_map_takes_every_leaf_for_split():
+    """With check_vma=False, as under pmap, largest moduli and means run over all of axis_name."""
+    grads = {"w": np.arange(16.0, dtype=np.float32).reshape(8, 2)}
+    for make in (oc.centralize, functools.partial(oc.adaptive_value_clip, 0.5)):
+
+        def two(grads, make=make, **kwargs):
+            tx = make(**kwargs)
+            _, state = tx.update(grads, tx.init(grads))
+            return tx.update(jax.tree.map(lambda x: x * x, grads), state)
+
+        mapped = jax.shard_map(
+            functools.partial(two, axis_name="data"),
+            mesh=mesh_of("auto"),
+            in_specs=({"w": P("data")},),
+            out_specs=({"w": P("data")}, P()),
+            check_vma=False,
+        )
+        assert_same(jax.jit(mapped)(grads), jax.jit(two)(grads), rtol=1e-5)
+
+
 @pytest.mark.skipif(OLD_JAX, reason="JAX 0.7 cannot constrain shardings where only some axes are manual")
 def test_some_axes_manual_and_others_automatic():
     """Where shard_map takes only some axes, axis_name names these; the compiler sees to the others."""

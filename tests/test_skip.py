@@ -4,6 +4,7 @@ import functools
 import re
 
 import chex
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,18 +21,13 @@ GRADS = {
     "c": {"w": jnp.linspace(-1.0, 1.0, 6).reshape(3, 2)},
 }
 NORM = float(np.sqrt(sum(np.sum(np.float64(x) ** 2) for x in jax.tree.leaves(GRADS))))
-STEPS = 240
-SPIKES, NAN, INF, ZERO, RISE = (150, 170, 200), 80, 130, 95, 100
+SPIKES, RISE = (150, 170, 200), 100  # behind the warm-up
 BAD = [jnp.nan, jnp.inf, -jnp.inf, 100.0]
 
 
-def golden(seed):
-    """Numbers with ordinary noise, three spikes, a NaN, an infinity, a zero and a lasting rise."""
-    values = np.exp(0.2 * np.random.default_rng(seed).normal(size=STEPS))
-    values[list(SPIKES)] *= [30.0, 300.0, 3000.0]
-    values[NAN], values[INF], values[ZERO] = np.nan, np.inf, 0.0
-    values[RISE:] *= 10
-    return values.astype(np.float32)
+def values_of(seed):
+    """Numbers for each step, as norms or losses."""
+    return golden.norms(seed, spread=0.2, spikes=SPIKES, rise=RISE)
 
 
 def olmo(values, window=128, warmup=64, k=6.0, floor=1e-6):
@@ -48,21 +44,7 @@ def olmo(values, window=128, warmup=64, k=6.0, floor=1e-6):
     return np.array(dropped), np.array(limits)
 
 
-def free(tx):
-    """A transformation of Optax, which mixes dtypes and ranks freely; this library's code does not."""
-
-    def as_optax_is_written(call):
-        def called(*args, **kwargs):
-            with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-                return call(*args, **kwargs)
-
-        return called
-
-    tx = optax.with_extra_args_support(tx) if isinstance(tx, optax.GradientTransformation) else tx
-    return optax.GradientTransformationExtraArgs(*map(as_optax_is_written, (tx.init, tx.update)))
-
-
-SGD, ADAM = free(optax.sgd(1.0)), free(optax.adam(0.1))
+SGD, ADAM = golden.free(optax.sgd(1.0)), golden.free(optax.adam(0.1))
 
 
 def scaled(factor, tree=GRADS):
@@ -103,7 +85,7 @@ def fates(state):
 
 def test_what_is_dropped_follows_the_rule_of_olmo():
     """240 steps with noise, spikes, a NaN, an infinity, a zero and a rise, against NumPy in float64."""
-    values = golden(0)
+    values = values_of(0)
     _, (updates, state) = scan(oc.skip_updates(SGD), rows(values))
     dropped, limits = olmo(values * NORM)
     np.testing.assert_array_equal(fates(state), dropped)
@@ -112,7 +94,7 @@ def test_what_is_dropped_follows_the_rule_of_olmo():
     np.testing.assert_allclose(state.norm[:, 0], values * NORM, rtol=1e-5)
     for got, grad in zip(jax.tree.leaves(updates), jax.tree.leaves(GRADS), strict=True):
         expected = np.where(dropped, 0, values).reshape(-1, 1, 1) * -np.asarray(grad)[None].reshape(1, -1, 1)
-        np.testing.assert_allclose(got.reshape(STEPS, -1, 1), expected, rtol=1e-6)
+        np.testing.assert_allclose(got.reshape(golden.STEPS, -1, 1), expected, rtol=1e-6)
     assert dropped[list(SPIKES)].all()
     assert dropped[RISE]
     assert not dropped[-20:].any(), "a lasting rise becomes the rule"
@@ -120,16 +102,16 @@ def test_what_is_dropped_follows_the_rule_of_olmo():
 
 def test_a_nan_costs_one_step():
     """OLMo's rule drops all until the NaN has left the window; an infinity is no different here."""
-    values = golden(1)
-    values[[*SPIKES, ZERO]] = 1.0
+    values = values_of(1)
+    values[[*SPIKES, golden.ZERO]] = 1.0
     values[RISE:] /= 10
     _, (_, state) = scan(oc.skip_updates(SGD), rows(values))
-    assert np.flatnonzero(fates(state)).tolist() == [NAN, INF]
+    assert np.flatnonzero(fates(state)).tolist() == [golden.NAN, golden.INF]
 
 
 @pytest.mark.parametrize("watch", ["loss", "both"])
 def test_a_loss_is_held_against_the_same_rule(watch):
-    losses, norms = golden(2), np.roll(golden(3), 7)
+    losses, norms = values_of(2), np.roll(values_of(3), 7)
     if watch == "loss":
         norms = np.where(np.isfinite(norms), norms, 1)
     _, (_, state) = scan(oc.skip_updates(SGD, watch=watch), rows(norms, loss=losses))
@@ -179,8 +161,10 @@ def test_a_dropped_step_leaves_the_optimizer_bit_by_bit_as_it_was(inner):
     """After NaN, infinity or a spike Adam's mean, mean square and count are those of a run without it."""
     make = {
         "adam": lambda: ADAM,
-        "adamw behind a clip": lambda: optax.chain(oc.clip_by_global_norm(1.0), free(optax.adamw(0.1))),
-        "momentum, injected": lambda: free(optax.inject_hyperparams(optax.sgd)(0.1, momentum=0.9)),
+        "adamw behind a clip": lambda: optax.chain(
+            oc.clip_by_global_norm(1.0), golden.free(optax.adamw(0.1))
+        ),
+        "momentum, injected": lambda: golden.free(optax.inject_hyperparams(optax.sgd)(0.1, momentum=0.9)),
     }[inner]()
     tx = oc.skip_updates(make, 10.0)
     update = jax.jit(tx.update)
@@ -210,7 +194,7 @@ def test_norms_are_those_before_the_clip_inside():
 def test_an_infinite_limit_equals_apply_if_finite():
     """Updates and inner state are Optax's, for NaN and infinities among ordinary steps."""
     scales = rows([1.0, np.nan, 0.5, np.inf, -np.inf, 2.0], [1.0, 1.0, 0.5, 1.0, np.nan, 2.0])
-    theirs = free(optax.apply_if_finite(ADAM, 10))
+    theirs = golden.free(optax.apply_if_finite(ADAM, 10))
     state, (updates, _) = scan(oc.skip_updates(ADAM, jnp.inf), scales)
     expected_state, (expected, _) = scan(theirs, scales)
     close = functools.partial(chex.assert_trees_all_close, rtol=1e-6)  # compiled apart, rounded apart
@@ -293,7 +277,7 @@ def test_each_holds_back_the_rows_of_stacked_layers():
 def test_what_is_kept_in_another_shape_advances_until_all_rows_of_a_leaf_are_dropped():
     """Adafactor's row means see zeros for one unit at fault, and stay if all units are."""
     params = {"w": jnp.ones((4, 3)), "b": jnp.ones(2)}
-    tx = oc.skip_updates(free(optax.scale_by_factored_rms(min_dim_size_to_factor=2)), 10.0,
+    tx = oc.skip_updates(golden.free(optax.scale_by_factored_rms(min_dim_size_to_factor=2)), 10.0,
                       groups=oc.groups.unit(), each=True)  # fmt: skip
     update = jax.jit(tx.update)
     _, before = update(params, tx.init(params), params)
@@ -322,7 +306,7 @@ INNER = {
 @pytest.mark.parametrize(("inner", "each"), [(name, True) for name in INNER] + [("noise with a key", False)])
 def test_any_optimizer_can_be_inside(inner, each):
     """What is kept for the layer at fault stays, whatever the optimizer; without `each` all of it does."""
-    tx = oc.skip_updates(free(INNER[inner]()), 10.0, groups=oc.groups.layer(), each=each)
+    tx = oc.skip_updates(golden.free(INNER[inner]()), 10.0, groups=oc.groups.layer(), each=each)
     state = tx.init(PARAMS)
     update = jax.jit(tx.update)
     _, first = update(GRADS, state, PARAMS)
@@ -362,7 +346,7 @@ def test_every_mode_agrees_with_the_plain_loop():
 
 def test_multi_steps_drops_the_mean_with_a_nan_in_it():
     """Behind `MultiSteps` the wrapper sees one mean in two steps, and the loss passed with its last."""
-    tx = free(optax.MultiSteps(oc.skip_updates(ADAM, 10.0, watch="both"), 2))
+    tx = golden.free(optax.MultiSteps(oc.skip_updates(ADAM, 10.0, watch="both"), 2))
     _, (updates, state) = scan(tx, rows([1.0, 1.0, np.nan, 1.0, 1.0, 1.0], loss=[1, 1, 1, 1, 1, 99]))
     moved = [bool(jnp.any(u != 0)) for u in updates["c"]["w"]]
     assert moved == [False, True, False, False, False, False]
@@ -375,7 +359,7 @@ def test_a_limit_can_be_injected_and_scheduled():
     def limit(step):
         return jnp.where(step < 2, 3.0, 6.0)
 
-    injected = free(optax.inject_hyperparams(oc.skip_updates)(inner=SGD, limit=limit))
+    injected = golden.free(optax.inject_hyperparams(oc.skip_updates)(inner=SGD, limit=limit))
     scales = rows(np.array([1.0, 5.0, 5.0, 7.0]) / NORM)
     for tx in (injected, oc.skip_updates(SGD, limit)):
         _, (updates, _) = scan(tx, scales)
@@ -510,7 +494,7 @@ def test_inside_shard_map_all_devices_decide_alike():
 
     def run(each, axis_name):
         options = {"each": each, "groups": oc.groups.leaf(), "axis_name": axis_name}
-        tx = oc.skip_updates(free(optax.sgd(0.1, momentum=0.9)), 13.0, **options)
+        tx = oc.skip_updates(golden.free(optax.sgd(0.1, momentum=0.9)), 13.0, **options)
 
         def four(grads, bad, state):
             for g in (grads, bad, scaled(2.0, grads), grads):

@@ -4,6 +4,7 @@ import functools
 import re
 
 import chex
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,51 +15,13 @@ from versions import enable_x64
 
 import optaxclip as oc
 
-# Three spikes, a NaN, an infinity, a zero step, and the step from which entries are ten times as large.
-SPIKES, NAN, INF, ZERO, RISE, STEPS = (60, 110, 160), 80, 130, 95, 180, 240
 LEAVES = {"a": slice(0, 6), "b": slice(6, 10)}
 WEIGHTS = np.float32([0.5, -1, 2, 0.1, -0.3, 1, 3, -2, 0.7, 8])
 
 
-def golden(seed=0):
-    """For each step ten entries: noise, spikes in some or all of them, and one that is not finite."""
-    rng = np.random.default_rng(seed)
-    steps = rng.normal(size=(STEPS, 10)) * np.exp(rng.normal(size=10))
-    for k, step in enumerate(SPIKES):
-        steps[step, : 4 + 3 * k] *= [30.0, 300.0, 3000.0][k]
-    steps[RISE:] *= 10
-    steps[NAN, 2], steps[INF, 7], steps[ZERO] = np.nan, -np.inf, 0
-    return steps.astype(np.float32)
-
-
-def tree(flat):
-    """Ten entries as a tree; leading axes are kept."""
-    lead = flat.shape[:-1]
-    return {"a": flat[..., :6].reshape(*lead, 2, 3), "b": flat[..., 6:]}
-
-
-def flat(out):
-    return np.concatenate([np.reshape(out["a"], (*out["b"].shape[:-1], 6)), out["b"]], axis=-1)
-
-
-def scan(tx, grads, params):
-    def step(state, grads):
-        updates, state = tx.update(grads, state, params)
-        return state, updates
-
-    return jax.lax.scan(step, tx.init(params), grads)
-
-
-@functools.cache
-def compiled(tx):
-    return jax.jit(functools.partial(scan, tx))
-
-
 def run(tx, steps, params=WEIGHTS, promotion="strict"):
-    """What comes out of a transformation, step by step, and its last state; Optax mixes dtypes freely."""
-    with jax.numpy_dtype_promotion(promotion):
-        state, out = compiled(tx)(tree(jnp.asarray(steps)), tree(jnp.asarray(params)))
-    return flat(out), state
+    """As `golden.run`, with parameters."""
+    return golden.run(tx, steps, params, promotion)
 
 
 def stable_reference(steps, b1=0.9, b2=0.99, eps=1e-6, threshold=1.0, decay=0.0):
@@ -150,22 +113,22 @@ METHODS = {
 def test_golden_sequences_agree_with_the_equations(method):
     """240 steps with noise, spikes, a NaN, an infinity, a zero and a rise, against NumPy in float64."""
     make, expected = METHODS[method]
-    steps = golden()
+    steps = golden.entries()
     out, state = run(make(), steps)
     np.testing.assert_allclose(out, expected(steps), rtol=1e-4, atol=1e-6)
     state = state[0] if method == "stable_adamw" else state
-    assert state.nonfinite.tolist() == [1, 1]
+    assert state.nonfinite.tolist() == [2, 1]
     assert (state.clipped >= 2).all()
 
 
 def test_the_moments_are_those_of_adam_and_spikes_are_divided():
     """Without its division by the ratio the direction is Adam's, with the same epsilon."""
-    steps = golden(1)[:60]
+    steps = golden.entries(1)[:60]
     ours, state = run(oc.scale_by_stable_adam(b2=0.999, eps=1e-8, threshold=1e9), steps)
     theirs, adam = run(optax.scale_by_adam(), steps, promotion="standard")
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
     assert state.clipped.tolist() == [0, 0]
-    np.testing.assert_allclose(flat(state.rms) ** 2, flat(adam.nu) / (1 - 0.999**60), rtol=1e-4)
+    np.testing.assert_allclose(golden.flat(state.rms) ** 2, golden.flat(adam.nu) / (1 - 0.999**60), rtol=1e-4)
     spike = np.concatenate([steps, 1000 * steps[:1]])
     _, state = run(oc.scale_by_stable_adam(), spike)
     assert (state.ratio > 5).all()
@@ -174,7 +137,7 @@ def test_the_moments_are_those_of_adam_and_spikes_are_divided():
 @pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
 def test_entries_that_are_not_finite_are_not_learned(nonfinite):
     """Their leaf is NaN or zero for that step; the moments of all other entries are what they would be."""
-    steps = golden(2)[:40]
+    steps = golden.entries(2)[:40]
     bad = steps.copy()
     bad[30, 7] = np.nan
     bad[31, 8] = np.inf
@@ -193,7 +156,7 @@ def test_entries_that_are_not_finite_are_not_learned(nonfinite):
 
 def test_large_gradients_neither_overflow_nor_vanish():
     """1e30 and 1e-30, whose squares leave float32, have the direction of 1."""
-    steps = golden(3)[:20]
+    steps = golden.entries(3)[:20]
     expected, _ = run(oc.scale_by_stable_adam(eps=0.0), steps)
     tx = oc.scale_by_stable_adam(eps=0.0)
     for scale in (2.0**100, 2.0**-90):
@@ -206,13 +169,17 @@ def test_large_gradients_neither_overflow_nor_vanish():
 
 def test_weight_decay_spares_what_the_mask_says():
     """As in Optax: a tree of booleans, a prefix of it, or a function of the parameters."""
-    steps = golden(4)[:5]
+    steps = golden.entries(4)[:5]
     free, _ = run(oc.stable_adamw(0.1, weight_decay=0.0), steps)
     full, _ = run(oc.stable_adamw(0.1, weight_decay=0.5), steps)
     masks = ({"a": True, "b": False}, lambda params: jax.tree.map(lambda x: x.ndim > 1, params))
     for mask in masks:
         tx = oc.stable_adamw(0.1, weight_decay=0.5, mask=mask)
-        out = flat(jax.jit(functools.partial(scan, tx))(*(tree(jnp.asarray(x)) for x in (steps, WEIGHTS)))[1])
+        out = golden.flat(
+            jax.jit(functools.partial(golden.scan, tx))(
+                *(golden.tree(jnp.asarray(x)) for x in (steps, WEIGHTS))
+            )[1]
+        )
         np.testing.assert_array_equal(out[:, :6], full[:, :6])
         np.testing.assert_array_equal(out[:, 6:], free[:, 6:])
         assert not (out == full).all()
@@ -262,7 +229,7 @@ PAIRS = {
 def test_updates_equal_those_of_optax(name):
     """For ordinary float32 updates, of which one is zero, and for parameters of zero."""
     ours, theirs = PAIRS[name]
-    steps = golden(5)[90:100]
+    steps = golden.entries(5)[90:100]
     for params in (WEIGHTS, np.where(np.arange(10) < 6, 0, WEIGHTS)):
         out, _ = run(ours, steps, params, "standard")
         expected, _ = run(theirs, steps, params, "standard")
@@ -324,64 +291,48 @@ ALL = {
     "larc": lambda c=0.5: oc.larc(c, weight_decay=0.1),
     "lamb_trust_ratio": lambda c=0.5: oc.lamb_trust_ratio(c),
 }
-GRADS = {
-    "layer": {"kernel": jnp.arange(6.0).reshape(2, 3) - 2, "half": jnp.ones((2, 2), jnp.bfloat16)},
-    "complex": jnp.array([1 + 2j, 3 - 1j], jnp.complex64),
-    "count": jnp.array([1, 2]),
-    "flag": jnp.array(True),
-    "none": None,
-    "empty": jnp.zeros((0, 3)),
-}
 SCALES = jnp.array([1.0, 50.0, 0.1])
-
-
-def step(tx, state, scale):
-    def scaled(x):
-        return x * scale.astype(x.real.dtype).astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
-
-    updates, state = tx.update(jax.tree.map(scaled, GRADS), state, GRADS)
-    return state, updates
 
 
 @pytest.mark.parametrize("method", ALL)
 def test_every_mode_agrees_with_the_plain_loop_and_dtypes_are_kept(method):
     """Eager, jit and scan give the same updates and states; what is not floating passes through."""
     tx = ALL[method]()
-    state, history = tx.init(GRADS), []
+    state, history = tx.init(golden.MIXED), []
     shapes = jax.eval_shape(lambda: state)
-    chex.assert_trees_all_equal_shapes_and_dtypes(tx.init(jax.eval_shape(lambda: GRADS)), shapes)
+    chex.assert_trees_all_equal_shapes_and_dtypes(tx.init(jax.eval_shape(lambda: golden.MIXED)), shapes)
     for scale in SCALES:
-        state, updates = step(tx, state, scale)
-        chex.assert_trees_all_equal_shapes_and_dtypes(updates, GRADS)
+        state, updates = golden.scaled_step(tx, state, scale)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, golden.MIXED)
         history.append(updates)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, shapes)
     looped = jax.tree.map(lambda *x: jnp.stack(x), *history)
-    last, scanned = jax.jit(lambda state: jax.lax.scan(functools.partial(step, tx), state, SCALES))(
-        tx.init(GRADS)
-    )
+    last, scanned = jax.jit(
+        lambda state: jax.lax.scan(functools.partial(golden.scaled_step, tx), state, SCALES)
+    )(tx.init(golden.MIXED))
     chex.assert_trees_all_close(scanned, looped, rtol=1e-5, atol=1e-7)
     chex.assert_trees_all_close(last, state, rtol=1e-5, atol=1e-7)
     for name in ("count", "flag", "empty"):
-        chex.assert_trees_all_equal(updates[name], GRADS[name])
+        chex.assert_trees_all_equal(updates[name], golden.MIXED[name])
 
 
 @pytest.mark.parametrize("method", ALL)
 def test_methods_work_in_the_wrappers_of_optax(method):
     """A chain with an optimizer, a mask, accumulation, a traced hyperparameter, vmap, and an empty tree."""
-    params, make = tree(jnp.asarray(WEIGHTS)), ALL[method]
-    grads = tree(jnp.asarray(golden()[:6]))
+    params, make = golden.tree(jnp.asarray(WEIGHTS)), ALL[method]
+    grads = golden.tree(jnp.asarray(golden.entries()[:6]))
     for tx in (
         optax.MultiSteps(optax.chain(make(), optax.sgd(0.1)), 2).gradient_transformation(),
         optax.masked(make(), {"a": True, "b": False}),
         optax.inject_hyperparams(lambda c: make(c))(c=optax.linear_schedule(0.9, 0.5, 3)),
     ):
         with jax.numpy_dtype_promotion("standard"):
-            state, out = jax.jit(functools.partial(scan, tx))(grads, params)
+            state, out = jax.jit(functools.partial(golden.scan, tx))(grads, params)
         chex.assert_tree_all_finite(out)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
     doubled = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), grads)
-    both = jax.vmap(lambda grads: scan(make(), grads, params))(doubled)
-    expected = scan(make(), grads, params)[1]
+    both = jax.vmap(lambda grads: golden.scan(make(), grads, params))(doubled)
+    expected = golden.scan(make(), grads, params)[1]
     chex.assert_trees_all_close(jax.tree.map(lambda x: x[0], both[1]), expected, rtol=1e-5, atol=1e-7)
     marked = optax.tree_utils.tree_map_params(
         make(), lambda _: "parameter", make().init(params), transform_non_params=lambda _: "other"
@@ -392,14 +343,17 @@ def test_methods_work_in_the_wrappers_of_optax(method):
 
 def test_float64_is_reckoned_in_float64():
     with enable_x64(True):
-        steps, params = golden()[:20].astype(np.float64), tree(jnp.asarray(np.float64(WEIGHTS)))
+        steps, params = (
+            golden.entries()[:20].astype(np.float64),
+            golden.tree(jnp.asarray(np.float64(WEIGHTS))),
+        )
         for make, reference, rtol in (
             (oc.scale_by_stable_adam, stable_reference, 1e-5),  # weights of the past are float32
             *((*METHODS[name], 1e-12) for name in ("larc, decay", "lamb_trust_ratio, both")),
         ):
-            _, out = scan(make(), tree(jnp.asarray(steps)), params)
+            _, out = golden.scan(make(), golden.tree(jnp.asarray(steps)), params)
             assert out["b"].dtype == jnp.float64
-            np.testing.assert_allclose(flat(out), reference(steps), rtol=rtol, atol=1e-7)
+            np.testing.assert_allclose(golden.flat(out), reference(steps), rtol=rtol, atol=1e-7)
 
 
 def test_derivatives_at_zero_are_finite():
