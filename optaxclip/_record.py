@@ -123,13 +123,8 @@ def record(
     def update(updates: PyTree, state: Any, params: PyTree = None, *, value: Any = None, **extra_args: Any):
         del extra_args
         part = partition(groups, updates)
-        rows = len(part.table.names)
-        if state.start.shape != (rows,):
-            raise ValueError(
-                f"{where}: the tree has {rows} rows of groups, {_checks.listed(part.table.names)}; "
-                f"`init` saw {len(state.start)}. Pass updates with the structure that `init` was given."
-            )
-        if rows:
+        _checks.same_rows(where, part.table.names, state.start.shape)
+        if part.table.names:
             state = _recorded(state, part, options, params, _loss(value))
         return updates, state._replace(step=jnp.asarray(optax.safe_increment(state.step)))
 

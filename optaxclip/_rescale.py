@@ -84,14 +84,9 @@ class Policy:
         """The rescaled updates, and the new state."""
         del extra_args
         part = partition(self.options.groups, updates)
-        rows = len(part.table.names)
-        if state.norm.shape != (rows,):
-            raise ValueError(
-                f"rescale_by_norm: the tree has {rows} rows of groups, {_checks.listed(part.table.names)}; "
-                f"`init` saw {len(state.norm)}. Pass updates with the structure that `init` was given."
-            )
+        _checks.same_rows("rescale_by_norm", part.table.names, state.norm.shape)
         step = jnp.asarray(optax.safe_increment(state.step))
-        if not rows:
+        if not part.table.names:
             return updates, state._replace(step=step)
         done = apply(self.limit, state.step, state.rule, part, params, self.options)
         new = RescaleState(
