@@ -5,11 +5,9 @@ and multiply each group by what the response (`responses`) says.
 """
 
 from optaxclip import groups, limits, norms, responses
-from optaxclip._advice import Advice
 from optaxclip._base import Context, Groups, Leaf, Limit, Member, Norm, Response, Stats, Table
 from optaxclip._carry import CarryState, carry_clipped
 from optaxclip._centralize import centralize
-from optaxclip._compare import Comparison
 from optaxclip._coordinate import (
     ACClipState,
     AdaptiveValueClipState,
@@ -20,7 +18,6 @@ from optaxclip._coordinate import (
 )
 from optaxclip._describe import describe
 from optaxclip._elementwise import ClipByValueState, clip_by_value
-from optaxclip._evidence import Rule
 from optaxclip._matrices import SpectralState
 from optaxclip._metrics import metrics
 from optaxclip._named import (
@@ -49,7 +46,6 @@ from optaxclip._named_adaptive import (
 from optaxclip._named_soft import automatic_clip, delta_clip, psac_clip, smooth_clip
 from optaxclip._per_example import PerExampleState, clip_per_example, per_example_quantile
 from optaxclip._record import RecordState, record
-from optaxclip._replay import Replay
 from optaxclip._rescale import RescaleState, group_norms, rescale_by_norm, rescale_tree
 from optaxclip._reset import ResetMomentumState, reset_momentum
 from optaxclip._skip import SkipState, skip_updates
@@ -61,7 +57,7 @@ from optaxclip._trust import (
     scale_by_stable_adam,
     stable_adamw,
 )
-from optaxclip.history import History
+from optaxclip.history import Advice, Comparison, History, Replay, Rule
 
 __version__ = "0.1.0"
 

@@ -13,8 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import optaxclip as oc
-from optaxclip import _policies
-from optaxclip._cli import app
+from optaxclip._cli import _policies, app
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NAMES = ["embed/table", "layer/kernel", "layer/bias", "head/kernel"]
@@ -119,7 +118,7 @@ def test_nothing_is_cut_in_a_pipe(files):
     command = [sys.executable, "-m", "optaxclip", "compare", files / "run.npz", "-p", "global:1"]
     env = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
     found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=env)
-    assert "rows against each other" in found.stdout
+    assert "rows apart by" in found.stdout
     assert found.stderr == ""
 
 
@@ -138,7 +137,7 @@ def test_advice_is_printed_and_as_json(files, history):
         text = run("advise", files / "run.npz", *options, COLUMNS=width).stdout
         assert advice.code in text
         assert " ".join(advice.reasons[0].split()) in " ".join(text.split())
-        assert "spikes divided by" in text
+        assert "spikes cut by" in text
 
 
 def test_policies_are_compared(files, history):
@@ -350,9 +349,9 @@ def test_help_teaches():
 def test_a_missing_package_is_named(monkeypatch, capsys):
     """In one line, with what to install, and exit code 2."""
     main = importlib.import_module("optaxclip.__main__").main
-    for module in ("_cli", "_terminal"):
+    for module in ("_cli", "_cli._app", "_cli._terminal"):
         monkeypatch.delitem(sys.modules, f"optaxclip.{module}", raising=False)
-        monkeypatch.delattr(oc, module, raising=False)
+    monkeypatch.delattr(oc, "_cli", raising=False)
     monkeypatch.setitem(sys.modules, "typer", None)
     with pytest.raises(SystemExit) as exited:
         main()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from optaxclip._rows import norm_called
+from optaxclip.history._rows import norm_called
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optaxclip import _panels
-from optaxclip._panels import Counted, Mark, Shown
-from optaxclip._tables import heading, number, printable
-from optaxclip._thin import thin
+from optaxclip.history import _panels
+from optaxclip.history._panels import Counted, Mark, Shown
+from optaxclip.history._tables import heading, number, printable
+from optaxclip.history._thin import thin
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

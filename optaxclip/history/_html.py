@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from optaxclip import _plot
-from optaxclip._tables import COLUMNS, Line, heading, lines, notes, printable, text
+from optaxclip.history import _plot
+from optaxclip.history._tables import COLUMNS, Line, heading, lines, notes, printable, text
 
 MOST = 1000  # groups in the table; a browser scrolls through these without effort
 

@@ -13,7 +13,7 @@ from typing import IO, Any
 import jax
 
 from optaxclip import _checks
-from optaxclip._columns import Cells, arguments, number_in
+from optaxclip.history._columns import Cells, arguments, number_in
 
 # Lines are held in memory one at a time. A line with the norms of a hundred thousand parameters is shorter.
 LONGEST_LINE = 2**24

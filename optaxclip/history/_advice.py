@@ -9,13 +9,13 @@ import optax
 
 from optaxclip import groups as _groups, limits
 from optaxclip._base import Groups, Limit
-from optaxclip._compare import Comparison
 from optaxclip._named import (
     clip_by_global_norm,
     clip_by_groupwise_norm,
     clip_by_layerwise_norm,
     clip_by_leafwise_norm,
 )
+from optaxclip.history._compare import Comparison
 
 LISTED = 12  # groups; of more the limits no longer fit into a line of code
 

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optaxclip._ordinary import Spikes, spikes
+from optaxclip.history._ordinary import Spikes, spikes
 
 
 class Rule(NamedTuple):

@@ -20,8 +20,7 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import optaxclip
-from optaxclip import _tables
-from optaxclip.history import History
+from optaxclip.history import History, _tables
 
 BIG = 2**23  # bytes of a log that take about a second to read
 WIDE = 96  # characters of a line of prose, at most

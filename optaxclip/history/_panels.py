@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from optaxclip._tables import printable
-from optaxclip._thin import Thin, drawable, largest_of, rows_in_sight
+from optaxclip.history._tables import printable
+from optaxclip.history._thin import Thin, drawable, largest_of, rows_in_sight
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from optaxclip import groups as _groups
-from optaxclip._rows import put_together
-from optaxclip._tables import foremost, lines, shares
+from optaxclip.history._rows import put_together
+from optaxclip.history._tables import foremost, lines, shares
 
 COLUMNS = 300  # fewer than the pixels that a panel is wide, lest a spike falls between two
 SHARES = 120  # colours that change more often than this cannot be told apart

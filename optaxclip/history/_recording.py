@@ -11,7 +11,7 @@ import numpy as np
 from optaxclip import _checks
 from optaxclip._base import Groups, Norm, PyTree
 from optaxclip._record import LEAST, PER_DOUBLING, RecordState
-from optaxclip._rows import Row, norm_called, rows_of
+from optaxclip.history._rows import Row, norm_called, rows_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

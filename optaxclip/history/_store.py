@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optaxclip import _checks, _npz
-from optaxclip._recording import Run, Stretch
-from optaxclip._rows import Row, Source
+from optaxclip import _checks
+from optaxclip.history import _npz
+from optaxclip.history._recording import Run, Stretch
+from optaxclip.history._rows import Row, Source
 
 FORMAT, VERSION = "optaxclip.History", 1
 

@@ -9,8 +9,10 @@ from typing import Annotated, Literal
 import typer
 
 import optaxclip
-from optaxclip import _checks, _policies, _tables
-from optaxclip._terminal import as_json, plainly, print_advice, print_comparison, read, stdout
+from optaxclip import _checks
+from optaxclip._cli import _policies
+from optaxclip._cli._terminal import as_json, plainly, print_advice, print_comparison, read, stdout
+from optaxclip.history import _tables
 
 EXAMPLES = """
 **Files.** A recording saved by `history.save("run.npz")`, or a log of norms from any framework, PyTorch

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optaxclip._ordinary import spikes
-from optaxclip._replay import Replay
+from optaxclip.history._ordinary import spikes
+from optaxclip.history._replay import Replay
 
 
 class Compared(NamedTuple):

@@ -14,7 +14,7 @@ from optaxclip._apply import Options, checked, decide
 from optaxclip._base import Context, Groups, Limit, Response
 from optaxclip._measure import TINY, Measured, merge
 from optaxclip._rescale import Policy, policy_of
-from optaxclip._rows import Regrouped, name_of, norm_called, put_together
+from optaxclip.history._rows import Regrouped, name_of, norm_called, put_together
 from optaxclip.limits import as_limit
 
 LARGEST = float(np.finfo(np.float32).max)

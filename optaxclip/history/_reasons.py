@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from optaxclip import _checks
-from optaxclip._compare import Comparison
-from optaxclip._evidence import Evidence, Rule
-from optaxclip._lengths import Lengths, norm
+from optaxclip.history._compare import Comparison
+from optaxclip.history._evidence import Evidence, Rule
+from optaxclip.history._lengths import Lengths, norm
 
 
 def undecided(history: Any, found: Evidence, rule: Rule) -> str | None:

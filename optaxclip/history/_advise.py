@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optaxclip import _advice, _checks, _reasons, groups as _groups
-from optaxclip._advice import Advice, Chosen, PolicyName
-from optaxclip._evidence import Evidence, Rule, evidence
-from optaxclip._lengths import Lengths, lengths
-from optaxclip._ordinary import spikes
+from optaxclip import _checks, groups as _groups
+from optaxclip.history import _advice, _reasons
+from optaxclip.history._advice import Advice, Chosen, PolicyName
+from optaxclip.history._evidence import Evidence, Rule, evidence
+from optaxclip.history._lengths import Lengths, lengths
+from optaxclip.history._ordinary import spikes
 
 
 class Case(NamedTuple):

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from optaxclip import groups as _groups
-from optaxclip._evidence import Evidence
+from optaxclip.history._evidence import Evidence
 
 
 class Lengths(NamedTuple):

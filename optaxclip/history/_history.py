@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from optaxclip import _checks, _logs, _store, groups as _groups, norms as _norms
-from optaxclip._advice import Advice
-from optaxclip._advise import advise
+from optaxclip import _checks, groups as _groups, norms as _norms
 from optaxclip._base import Groups, Norm, PyTree, Response
-from optaxclip._compare import Comparison, compare
-from optaxclip._evidence import Rule
-from optaxclip._recording import FirstNonfinite, Run, Stretch, fields, first_nonfinite, of_state
-from optaxclip._replay import Replay, policy_like, replay
-from optaxclip._rows import Regrouped, Row, Source, name_of, put_together, regroup
+from optaxclip.history import _logs, _store
+from optaxclip.history._advice import Advice
+from optaxclip.history._advise import advise
+from optaxclip.history._compare import Comparison, compare
+from optaxclip.history._evidence import Rule
+from optaxclip.history._recording import FirstNonfinite, Run, Stretch, fields, first_nonfinite, of_state
+from optaxclip.history._replay import Replay, policy_like, replay
+from optaxclip.history._rows import Regrouped, Row, Source, name_of, put_together, regroup
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -431,7 +432,7 @@ class History:
           loss: 2 at first, 1.5 at last, 1.5 at best
           not finite: never
         """
-        from optaxclip import _tables
+        from optaxclip.history import _tables
 
         return _tables.text(self)
 
@@ -446,7 +447,7 @@ class History:
         Raises:
           ImportError: without rich, which `pip install 'optaxclip[cli]'` brings.
         """
-        from optaxclip import _tables
+        from optaxclip.history import _tables
 
         return _tables.table(self, most)
 
@@ -468,7 +469,7 @@ class History:
           ImportError: without Matplotlib, which `pip install 'optaxclip[plot]'` brings.
           ValueError: if a limit is negative or NaN, or has another shape.
         """
-        from optaxclip import _plot
+        from optaxclip.history import _plot
 
         return _plot.figure(self, limits, advice)
 
@@ -485,6 +486,6 @@ class History:
           ImportError: without Matplotlib, which `pip install 'optaxclip[plot]'` brings.
           OSError: if the file cannot be written.
         """
-        from optaxclip import _html
+        from optaxclip.history import _html
 
         _html.write(self, path, advice)
