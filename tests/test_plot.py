@@ -287,10 +287,10 @@ def test_the_largest_norm_of_the_whole_run_is_in_the_table():
 
 def test_the_text_tells_the_first_update_that_is_not_finite():
     """And where the whole's norm was largest."""
-    said = str(spiky())
+    history = spiky()
+    said = str(history)
     assert "not finite: from update 60 on, first in layer/bias; head/kernel still was finite" in said
-    whole = spiky().whole
-    assert f"at update {np.nanargmax(whole)}" in said
+    assert f"at update {np.nanargmax(history.whole)}" in said
     assert "loss: 2 at first, 1 at last, 1 at best" in said
 
 
