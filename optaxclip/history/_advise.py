@@ -243,7 +243,8 @@ def _advised(
     comparison = None
     if case.found.ordinary.sum() >= case.rule.least_steps:
         comparison = case.history.compare(_candidates(case, policy, chosen))
-        said = [*said, *_reasons.beside_others(comparison, policy)]
+        if case.optimizer != "adam":
+            said = [*said, *_reasons.beside_others(comparison, policy)]
     made = chosen.transformation
     return Advice(policy, chosen.groups, chosen.limit, within, chosen.code, tuple(said), comparison, made)
 
