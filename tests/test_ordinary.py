@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from optaxclip._ordinary import SIGMA, spikes
+from optaxclip.history._ordinary import SIGMA, spikes
 
 
 def plainly(norms, sigmas=4.0, factor=2.0, window=65):
