@@ -7,16 +7,15 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 import optax
 
-from optaxclip import groups as _groups, limits
+from optaxclip import limits
 from optaxclip._base import Groups, Limit
-from optaxclip._named import (
-    clip_by_global_norm,
-    clip_by_groupwise_norm,
-    clip_by_layerwise_norm,
-    clip_by_leafwise_norm,
-)
+from optaxclip._named import clip_by_groupwise_norm
+from optaxclip._rescale import rescale_by_norm
 from optaxclip.history._compare import Comparison
+from optaxclip.history._expressed import LAYER, LEAF, WHOLE, Grouping, norm_code
+from optaxclip.history._rows import norm_called
 
+LARGEST = 3.4e38  # float32 ends just above
 LISTED = 12  # groups; of more the limits no longer fit into a line of code
 
 PolicyName: TypeAlias = Literal["none", "global", "layerwise", "leafwise", "outliers", "undecided"]
@@ -81,8 +80,8 @@ class Advice:
 
 
 def rounded(value: float) -> float:
-    """A limit to three digits, as the code has it."""
-    return float(f"{value:.3g}")
+    """A limit to three digits, as the code has it, that float32 can hold."""
+    return min(float(f"{value:.3g}"), LARGEST)
 
 
 def nothing() -> Chosen:
@@ -90,34 +89,18 @@ def nothing() -> Chosen:
     return Chosen(None, None, "optax.identity()", optax.identity())
 
 
-def globally(limit: float | Limit, code: str) -> Chosen:
-    """Clipping by the global norm; `code` is the limit's."""
-    made = clip_by_global_norm(limit)
-    return Chosen(_groups.whole(), limit, f"oc.clip_by_global_norm({code})", made)
-
-
-def by_layer(limit: float | Limit, code: str) -> Chosen:
-    """Clipping of each layer by its own norm."""
-    made = clip_by_layerwise_norm(limit)
-    return Chosen(_groups.layer(), limit, f"oc.clip_by_layerwise_norm({code})", made)
-
-
-def by_leaf(limit: float | Limit, code: str) -> Chosen:
-    """Clipping of each leaf by its own norm."""
-    made = clip_by_leafwise_norm(limit)
-    return Chosen(_groups.leaf(), limit, f"oc.clip_by_leafwise_norm({code})", made)
-
-
-def alternatives(patterns: list[str]) -> str | list[str]:
-    """Patterns as `groups.regex` takes them."""
-    return patterns[0] if len(patterns) == 1 else patterns
-
-
-def only(patterns: dict[str | None, str | list[str]], limit: float | Limit, code: str) -> Chosen:
-    """Clipping of some groups by their own norms, and of no others."""
-    groups = _groups.regex(patterns)
-    line = f"oc.clip_by_groupwise_norm({code}, oc.groups.regex({patterns!r}))"
-    return Chosen(groups, limit, line, clip_by_groupwise_norm(limit, groups))
+def clipping(limit: float | Limit, code: str, by: Grouping, norm: str) -> Chosen:
+    """Clipping of each group by its own norm; `code` is the limit's."""
+    if norm != "l2":
+        groups = "" if by == WHOLE else f"groups={by.code}, "
+        made = rescale_by_norm(limit, groups=by.groups, norm=norm_called(norm))
+        line = f"oc.rescale_by_norm({code}, {groups}norm={norm_code(norm)})"
+        return Chosen(by.groups, limit, line, made)
+    made = clip_by_groupwise_norm(limit, by.groups)
+    for name, known in {"global": WHOLE, "layerwise": LAYER, "leafwise": LEAF}.items():
+        if by == known:
+            return Chosen(by.groups, limit, f"oc.clip_by_{name}_norm({code})", made)
+    return Chosen(by.groups, limit, f"oc.clip_by_groupwise_norm({code}, {by.code})", made)
 
 
 def each(numbers: dict[str, float]) -> tuple[float | Limit, str]:
@@ -138,6 +121,7 @@ def following(budget: float, window: int) -> tuple[Limit, str]:
 
 def interval(values: np.ndarray, share: float, resamples: int, seed: int = 0) -> tuple[float, float]:
     """The interval of a quantile: 90 % of what resampling with replacement gives."""
-    drawn = np.random.default_rng(seed).choice(values, (resamples, len(values)))
-    low, high = np.quantile(np.quantile(drawn, share, axis=1), [0.05, 0.95])
+    drawn = np.random.default_rng(seed)
+    found = [np.quantile(drawn.choice(values, len(values)), share) for _ in range(resamples)]
+    low, high = np.quantile(found, [0.05, 0.95])
     return float(low), float(high)

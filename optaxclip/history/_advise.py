@@ -1,16 +1,16 @@
 """The rule behind `History.advise`, from evidence to a policy and a limit; `docs/choosing.md` explains it."""
 
-import re
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from optaxclip import _checks, groups as _groups
+from optaxclip import _checks
+from optaxclip._base import Limit
 from optaxclip.history import _advice, _reasons
 from optaxclip.history._advice import Advice, Chosen, PolicyName
 from optaxclip.history._evidence import Evidence, Rule, evidence
-from optaxclip.history._lengths import Lengths, lengths
+from optaxclip.history._expressed import LAYER, LEAF, WHOLE, called, coarser, finest, only, plain
+from optaxclip.history._lengths import Lengths, lengths, norm
 from optaxclip.history._ordinary import spikes
 
 
@@ -18,7 +18,7 @@ class Case(NamedTuple):
     """What is to be decided upon.
 
     Attributes:
-      history: the recording.
+      history: the recording, of whole leaves or coarser.
       found: its evidence, row by row.
       lengths: of the steps; None where it is not known, or where steps do not go by the size of updates.
       budget: the share of ordinary steps that clipping may touch.
@@ -41,6 +41,7 @@ def advise(history: Any, budget: float, optimizer: str, learning_rate: float | N
     _checks.one_of(where, ("sgd", "adam"), optimizer=optimizer)
     if learning_rate is not None:
         _checks.positive(where, learning_rate=learning_rate)
+    history = plain(history)
     found = evidence(history, rule)
     refusal = _reasons.undecided(history, found, rule)
     if refusal is not None:
@@ -65,13 +66,13 @@ def advise(history: Any, budget: float, optimizer: str, learning_rate: float | N
 def _for_adam(case: Case, said: list[str]) -> Advice:
     """Steps do not depend on the size of updates, only on how it changes."""
     found, rule = case.found, case.rule
-    swollen = float(np.exp(found.spread**2))
+    with np.errstate(over="ignore"):
+        swollen = float(np.exp(found.spread**2))
     if not (found.spike.any() or found.ended or swollen >= rule.uneven):
         return _advised(case, "none", _advice.nothing(), [*said, _reasons.nothing_beyond(found)])
-    values = found.whole[found.ordinary] if found.ordinary.any() else found.whole[found.calm]
+    values = found.whole[_typical(case)]
     limit = _advice.rounded(float(np.quantile(values, case.budget)) / rule.below)
-    said = [*said, _reasons.for_adam(found, limit, swollen, rule)]
-    return _advised(case, "global", _advice.globally(limit, repr(limit)), said)
+    return _globally(case, limit, [*said, _reasons.for_adam(found, limit, swollen, rule)])
 
 
 def _too_long(case: Case, steps: Lengths, said: list[str]) -> Advice:
@@ -79,14 +80,15 @@ def _too_long(case: Case, steps: Lengths, said: list[str]) -> Advice:
     found, rule = case.found, case.rule
     culprits = _layers_to_blame(case, steps)
     if culprits is not None:
-        top = steps.safe * steps.weights / steps.rate
-        limits = {steps.layers[k]: float(top[k]) for k in np.flatnonzero(culprits)}
-        return _outliers(
-            case, culprits[steps.place], limits, [*said, _reasons.culprits_too_long(steps, culprits)]
+        own = np.flatnonzero(culprits)
+        limit, code = _advice.each(
+            {called(steps.layers[k]): steps.safe * steps.weights[k] / steps.rate for k in own}
         )
+        said = [*said, _reasons.culprits_too_long(steps, culprits)]
+        chosen = _advice.clipping(limit, code, only([steps.layers[k] for k in own]), case.history.norm)
+        return _advised(case, "outliers", chosen, said)
     limit = _advice.rounded(steps.limit)
-    said = [*said, _reasons.all_too_long(found, steps, limit, rule)]
-    return _advised(case, "global", _advice.globally(limit, repr(limit)), said)
+    return _globally(case, limit, [*said, _reasons.all_too_long(found, steps, limit, rule)])
 
 
 def _layers_to_blame(case: Case, steps: Lengths) -> np.ndarray | None:
@@ -117,7 +119,7 @@ def _holders(shares: np.ndarray, rule: Rule) -> np.ndarray:
 def _to_blame(case: Case) -> np.ndarray | None:
     """The few rows that spike and hold the excess, bool `(rows,)`; None if there are none."""
     found, rule = case.found, case.rule
-    if found.spike.sum() < rule.least_spikes or found.together >= rule.together or not found.shares.any():
+    if found.spike.sum() < rule.least_spikes or found.together > rule.together or not found.shares.any():
         return None
     own = _holders(found.shares, rule)
     return own if own.sum() <= rule.few * len(own) else None
@@ -126,12 +128,12 @@ def _to_blame(case: Case) -> np.ndarray | None:
 def _from_the_start(case: Case, said: list[str]) -> Advice:
     """A run that ended before there were ordinary steps to learn from, of unknown step lengths."""
     found, start = case.found, case.history.start
-    limit = float(np.median(found.whole[found.calm]))
-    if start is not None:
-        limit = min(limit, 0.01 * float(np.sqrt((start**2).sum())))  # as in adaptive gradient clipping
-    limit = _advice.rounded(limit)
-    said = [*said, _reasons.from_the_start(limit, start is not None)]
-    return _advised(case, "global", _advice.globally(limit, repr(limit)), said)
+    limit, of_weights = float(np.median(found.whole[found.calm])), np.nan
+    if start is not None and case.history.norm == "l2":
+        of_weights = case.rule.of_weights * norm(start)
+    held = 0 < of_weights < limit
+    limit = _advice.rounded(of_weights if held else limit)
+    return _globally(case, limit, [*said, _reasons.from_the_start(limit, held)])
 
 
 def _beyond_the_ordinary(case: Case, said: list[str]) -> Advice:
@@ -139,75 +141,87 @@ def _beyond_the_ordinary(case: Case, said: list[str]) -> Advice:
     found, rule = case.found, case.rule
     if not found.spike.any() and not found.ended:
         return _advised(case, "none", _advice.nothing(), [*said, _reasons.nothing_beyond(found)])
+    if found.ordinary.sum() < rule.least_steps:
+        said = [*said, _reasons.few_ordinary(found)]
     own = _to_blame(case)
     if own is not None:
-        patterns = _patterns(case.history, own)
-        few = case.history.regroup(_groups.regex(patterns))
-        top = np.quantile(few.norms[found.kept][found.ordinary], 1 - case.budget, axis=0)
-        limits = dict(zip(few.names, map(float, top), strict=True))
-        said = [*said, _reasons.culprits_spike(few.names, case.budget)]
-        return _outliers(case, own, limits, said)
-    if np.isnan(found.together) or found.together >= rule.together:
+        culprits = [case.history.rows[k] for k in np.flatnonzero(own)]
+        by = only(culprits)
+        limit, code = _of_each(case, case.history.regroup(by.groups))
+        said = [*said, _reasons.culprits_spike([called(row) for row in culprits], case.budget)]
+        return _advised(case, "outliers", _advice.clipping(limit, code, by, case.history.norm), said)
+    if np.isnan(found.together) or found.together > rule.together:
         return _all_together(case, said)
     return _one_by_one(case, said)
 
 
 def _all_together(case: Case, said: list[str]) -> Advice:
-    found, rule = case.found, case.rule
     if _drifts(case):
         limit, code = _advice.following(case.budget, _window(case))
-        said = [*said, _reasons.together(None, case.budget)]
-        return _advised(case, "global", _advice.globally(limit, code), said)
-    values = found.whole[found.ordinary]
-    limit = _advice.rounded(float(np.quantile(values, 1 - case.budget)))
-    within = _advice.interval(values, 1 - case.budget, rule.resamples)
-    said = [*said, _reasons.together(limit, case.budget)]
-    return _advised(case, "global", _advice.globally(limit, repr(limit)), said, within)
+        chosen = _advice.clipping(limit, code, WHOLE, case.history.norm)
+        return _advised(case, "global", chosen, [*said, _reasons.together(case.found, None, case.budget)])
+    limit, within = _of_the_whole(case, 1 - case.budget)
+    return _globally(case, limit, [*said, _reasons.together(case.found, limit, case.budget)], within)
 
 
 def _one_by_one(case: Case, said: list[str]) -> Advice:
     """Rows that spike one by one: layers, if the leaves of one do so together."""
-    history, found = case.history, case.found
-    single = all(len(row.sources) == 1 for row in history.rows)
-    layerwise = single and _leaves_together(case) >= case.rule.together
-    own = history.regroup(_groups.layer()) if layerwise else history
+    history, by = case.history, finest(case.history)
+    own = coarser(history, LAYER) if by == LEAF else None
+    if own is not None and _leaves_together(case) > case.rule.together:
+        history, by = own, LAYER
+    limit, code = _of_each(case, history)
+    policy, rows = (
+        ("leafwise", "leaves") if by == LEAF else ("layerwise", "layers" if by == LAYER else "groups")
+    )
+    chosen = _advice.clipping(limit, code, by, history.norm)
+    return _advised(case, policy, chosen, [*said, _reasons.one_by_one(rows, case.budget)])
+
+
+def _globally(case: Case, limit: float, said: list[str], within: tuple[float, float] | None = None) -> Advice:
+    chosen = _advice.clipping(limit, repr(limit), WHOLE, case.history.norm)
+    return _advised(case, "global", chosen, said, within)
+
+
+def _of_the_whole(case: Case, share: float) -> tuple[float, tuple[float, float] | None]:
+    """A limit that this share of ordinary norms stays below, and its interval where there are enough."""
+    values = case.found.whole[_typical(case)]
+    known = len(values) >= case.rule.least_steps
+    within = _advice.interval(values, share, case.rule.resamples) if known else None
+    return _advice.rounded(float(np.quantile(values, share))), within
+
+
+def _of_each(case: Case, own: Any) -> tuple[float | Limit, str]:
+    """The same for each row of a recording; where numbers will not do, a limit that follows the norms."""
     if _drifts(case) or len(own.names) > _advice.LISTED:
-        limit, code = _advice.following(case.budget, _window(case))
-    else:
-        top = np.quantile(own.norms[found.kept][found.ordinary], 1 - case.budget, axis=0)
-        limit, code = _advice.each(dict(zip(own.names, map(float, top), strict=True)))
-    chosen = (_advice.by_layer if layerwise else _advice.by_leaf)(limit, code)
-    said = [*said, _reasons.one_by_one(layerwise)]
-    return _advised(case, "layerwise" if layerwise else "leafwise", chosen, said)
+        return _advice.following(case.budget, _window(case))
+    return _advice.each(dict(zip(map(called, own.rows), _seldom_exceeded(case, own), strict=True)))
+
+
+def _seldom_exceeded(case: Case, own: Any) -> np.ndarray:
+    """What but a share of each row's ordinary norms stay below, `(rows,)`.
+
+    Norms of zero do not count: of a row that is rarely used they would be the most, and a limit of zero would
+    stop it. A row that was never used may be as large as any other.
+    """
+    norms = own.norms[case.found.kept][_typical(case)]
+    top = np.array([np.quantile(x[x > 0], 1 - case.budget) if (x > 0).any() else 0 for x in norms.T])
+    return np.minimum(np.where(top > 0, top, top.max(initial=0)), _advice.LARGEST)
+
+
+def _typical(case: Case) -> np.ndarray:
+    """The ordinary steps; those before the end if none is."""
+    found = case.found
+    return found.ordinary if found.ordinary.any() else found.calm
 
 
 def _leaves_together(case: Case) -> float:
     """Of the leaves of layers in which one spikes, which share does; the median over steps."""
     rule = case.rule
     far = spikes(case.found.norms, rule.sigmas, rule.factor, rule.window).spike
-    layer = case.history.regrouped(_groups.layer()).place
+    layer = case.history.regrouped(LAYER.groups).place
     shares = [row[np.isin(layer, layer[row])].mean() for row in far[far.any(axis=1)]]
     return float(np.median(shares)) if shares else 1.0
-
-
-def _outliers(case: Case, own: np.ndarray, limits: dict[str, float], said: list[str]) -> Advice:
-    """Clipping of the culprits alone, the rows that `own` marks, in the groups that `limits` names."""
-    patterns = _patterns(case.history, own, limits)
-    limit, code = _advice.each(limits)
-    return _advised(case, "outliers", _advice.only(patterns, limit, code), said)
-
-
-def _patterns(history: Any, own: np.ndarray, layers: Iterable[str] = ()) -> dict[Any, Any]:
-    """Patterns that find the leaves of marked rows: by layer for layers that are given, else one by one."""
-    layers = set(layers)
-    found: dict[Any, list[str]] = {}
-    for row in (row for row, marked in zip(history.rows, own, strict=True) if marked):
-        for source in row.sources:
-            layer, path = "/".join(source.keys[:-1]) or _groups.ROOT, "/".join(source.keys)
-            name = layer if layer in layers else path
-            found.setdefault(name.replace("\\", r"\\"), []).append(f"^{re.escape(path)}$")
-    short = {name: _advice.alternatives(patterns) for name, patterns in found.items()}
-    return {**short, None: ".*"}
 
 
 def _drifts(case: Case) -> bool:
@@ -229,20 +243,21 @@ def _advised(
     comparison = None
     if case.found.ordinary.sum() >= case.rule.least_steps:
         comparison = case.history.compare(_candidates(case, policy, chosen))
-        said = [*said, *_reasons.beside_others(comparison, policy)]
+        if case.optimizer != "adam":
+            said = [*said, *_reasons.beside_others(comparison, policy)]
     made = chosen.transformation
     return Advice(policy, chosen.groups, chosen.limit, within, chosen.code, tuple(said), comparison, made)
 
 
 def _candidates(case: Case, policy: str, chosen: Chosen) -> dict[str, Any]:
     """The advice beside the others, each with limits that as few ordinary norms exceed."""
-    history, found, share = case.history, case.found, 1 - case.budget
+    history = case.history
     made = {} if policy == "none" else {f"advised: {policy}": history.replay(chosen.transformation)}
     made["none"] = history.replay(np.inf)
-    made["global"] = history.replay(float(np.quantile(found.whole[found.ordinary], share)))
-    if all(len(row.sources) == 1 for row in history.rows):
-        for name, groups in {"layerwise": _groups.layer(), "leafwise": _groups.leaf()}.items():
-            norms = history.regroup(groups).norms[found.kept][found.ordinary]
-            limit = np.quantile(norms, share, axis=0).astype(np.float32)
-            made[name] = history.replay(limit, groups)
+    top = np.quantile(case.found.whole[_typical(case)], 1 - case.budget)
+    made["global"] = history.replay(min(float(top), _advice.LARGEST))
+    for name, by in {"layerwise": LAYER, "leafwise": LEAF}.items():
+        own = coarser(history, by)
+        if own is not None:
+            made[name] = history.replay(_seldom_exceeded(case, own).astype(np.float32), by.groups)
     return made

@@ -1,7 +1,7 @@
 """Policies side by side on one recording."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,12 +18,13 @@ class Compared(NamedTuple):
       clipped: in which share of the steps it would have acted.
       touched: in which share of the ordinary steps.
       largest_after: the largest norm of a whole update that it would have let through; NaN if all are.
-      spike_cut: by what spikes would have been divided, the median over them; NaN if there are none.
+      spike_cut: by what spikes would have been divided, the median over them; infinite if they would have
+        become zero, NaN if there are none.
       cosine_mean: of the angle by which it would have turned the updates it acts on, the mean; 1 if it acts
         on none, NaN where angles are not known.
       cosine_worst: the least of them.
       spread: by how much it would have changed the sizes of rows against each other, the median over the
-        steps it acts on of the largest factor over the least; 1 keeps them.
+        steps it acts on of the largest factor over the least; 1 keeps them, infinite if some become zero.
     """
 
     name: str
@@ -106,35 +107,48 @@ def _shown(key: str, value: float) -> str:
 
 def compare(history: Any, policies: Mapping[str, Any] | Sequence[Any]) -> Comparison:
     """Replays policies on a `History` and sums up what each would have done."""
+    if isinstance(policies, Replay) or hasattr(policies, "_fields") or not isinstance(policies, Iterable):
+        raise TypeError(
+            f"History.compare: policies is of type {type(policies).__name__}. Pass a dict from names to "
+            "policies, or a list."
+        )
     if not isinstance(policies, Mapping):
         policies = {f"policy {k + 1}": policy for k, policy in enumerate(policies)}
     ordinary = ~spikes(history.whole[:, None]).spike[:, 0]
+    angles = history.norm in ("l2", "rms")
     rows = []
     for name, policy in policies.items():
         found = policy if isinstance(policy, Replay) else history.replay(policy)
-        rows.append(_summed_up(str(name), found, ordinary))
+        if found.by_row.shape != history.norms.shape:
+            raise ValueError(
+                f"History.compare: {name!r} replays {len(found.steps)} steps of {found.by_row.shape[1]} "
+                f"rows; this recording has {len(history)} of {len(history.names)}. Pass a replay of this one."
+            )
+        rows.append(_summed_up(str(name), found, ordinary, angles))
     return Comparison(tuple(rows), len(history), int(ordinary.sum()))
 
 
-def _summed_up(name: str, found: Replay, ordinary: np.ndarray) -> Compared:
+def _summed_up(name: str, found: Replay, ordinary: np.ndarray, angles: bool) -> Compared:
     acted = found.acted
     finite = np.isfinite(found.norm_after)
     before, after = found.norm_before, found.norm_after
-    spike = ~ordinary & finite & np.isfinite(before) & (after > 0)
+    spike = ~ordinary & finite & np.isfinite(before)
     turned = found.cosine[acted & finite]
     turned = turned[~np.isnan(turned)]
-    known = not np.isnan(found.cosine).all() or not len(found.cosine)
+    straight = 1.0 if angles and not (acted & finite).any() else np.nan
     least, most = found.by_row.min(axis=1, initial=np.inf), found.by_row.max(axis=1, initial=0)
-    changed = acted & finite & (least > 0)
+    changed = acted & finite & (most > 0)
+    with np.errstate(divide="ignore"):
+        cut, apart = before[spike] / after[spike], most[changed] / least[changed]
     return Compared(
         name=name,
         clipped=_mean(acted),
         touched=_mean(acted[ordinary]),
         largest_after=float(after[finite].max()) if finite.any() else np.nan,
-        spike_cut=float(np.median(before[spike] / after[spike])) if spike.any() else np.nan,
-        cosine_mean=float(turned.mean()) if len(turned) else (1.0 if known else np.nan),
-        cosine_worst=float(turned.min()) if len(turned) else (1.0 if known else np.nan),
-        spread=float(np.median(most[changed] / least[changed])) if changed.any() else 1.0,
+        spike_cut=float(np.median(cut)) if len(cut) else np.nan,
+        cosine_mean=float(turned.mean()) if len(turned) else straight,
+        cosine_worst=float(turned.min()) if len(turned) else straight,
+        spread=float(np.median(apart)) if len(apart) else 1.0,
     )
 
 

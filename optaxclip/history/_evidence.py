@@ -1,10 +1,13 @@
 """What a recording says about clipping: the numbers that advice goes by."""
 
+import bisect
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from optaxclip.history._ordinary import Spikes, spikes
+
+BFLOAT16 = 2.0**-8  # how far apart the roundings of a number to bfloat16 can be, relatively
 
 
 class Rule(NamedTuple):
@@ -22,7 +25,7 @@ class Rule(NamedTuple):
       concentrated: the share of the excess that makes its groups the culprits. 0.8 leaves the others together
         half of the culprits' norm.
       few: culprits may be at most this part of all groups, else all share in it.
-      together: groups spike together if in a spike of the whole this part of them does.
+      together: groups spike together if in a spike of the whole more than this part of them does.
       drift: norms drift if their level changes by this factor within the recording.
       at_limit: the recording is of clipped updates if this part of it shares its largest norm.
       step: by how much the output may change in a step of SGD, relatively. The trust coefficients of LARS
@@ -30,6 +33,8 @@ class Rule(NamedTuple):
         `benchmarks/advice.py` has what half and twice of 0.005 cost.
       high: the length of a step relative to the weights from which on it is far too long: at 0.1, ten steps
         in one direction double the weights.
+      of_weights: the norm of an update relative to the weights', where a run ended before there was more to
+        go by: the factor of adaptive gradient clipping (Brock et al., 2021).
       uneven: Adam divides by the root of the mean square of what came before. Where that is this many times
         an ordinary norm, ordinary steps are shorter by a third.
       below: a limit for Adam is this many times below ordinary norms, so that it still is when norms have
@@ -49,6 +54,7 @@ class Rule(NamedTuple):
     at_limit: float = 0.2
     step: float = 0.005
     high: float = 0.1
+    of_weights: float = 0.01
     uneven: float = 1.5
     below: float = 10.0
     resamples: int = 1000
@@ -59,8 +65,9 @@ class Evidence(NamedTuple):
 
     Attributes:
       names: the groups.
-      kept: which steps of the recording count: those that are finite, before the run ended, `(recorded,)`.
-        All other arrays have one entry for each of them.
+      kept: which steps of the recording count: those that are finite and not zero, `(recorded,)`. All other
+        arrays have one entry for each of them.
+      ended: whether the run ended in what is not finite, rather than passing through it.
       norms: the norms of the groups, `(steps, groups)`.
       whole: the norm of all together, `(steps,)`.
       settling: which are the first steps, with norms above all that is ordinary later, `(steps,)`.
@@ -73,11 +80,14 @@ class Evidence(NamedTuple):
       drift: the level of the whole at the end over that at the start.
       growth: how often the whole doubled per step before the first norm that is not finite; 0 if all are.
       clipped_at: the norm that many steps share as their largest; NaN if they do not.
+      at_limit: the part of the steps that does.
       nonfinite: the first step that is not finite; None if all are.
+      passed: how many steps were not finite though the run went on after them.
     """
 
     names: tuple[str, ...]
     kept: np.ndarray
+    ended: bool
     norms: np.ndarray
     whole: np.ndarray
     settling: np.ndarray
@@ -90,37 +100,33 @@ class Evidence(NamedTuple):
     drift: float
     growth: float
     clipped_at: float
+    at_limit: float
     nonfinite: Any
+    passed: int
 
     @property
     def ordinary(self) -> np.ndarray:
         """Which steps are neither spikes nor part of what goes on at the start or towards the end."""
         return self.calm & ~self.spike & ~self.settling
 
-    @property
-    def ended(self) -> bool:
-        """Whether the run ended in what is not finite, rather than passing through it."""
-        return not self.kept.all() and not self.kept[np.argmin(self.kept) :].any()
-
 
 def evidence(history: Any, rule: Rule) -> Evidence:
     """Weighs a `History`, whose rows are the groups that advice is asked about."""
-    bad = ~np.isfinite(history.norms).all(axis=1)
-    end = int(np.argmax(bad)) if bad.any() else len(bad)
-    lone = end < len(bad) and not bad[end:].all()  # training went on: what was not finite is a spike
-    kept = ~bad if lone else np.arange(len(bad)) < end
+    finite = np.isfinite(history.norms).all(axis=1)
+    kept = finite & (history.norms > 0).any(axis=1)
+    ended = len(finite) > 0 and not finite[-1]
     norms, whole = history.norms[kept], history.whole[kept]
-    calm, growth = np.ones(len(whole), bool), 0.0
-    if end < len(bad) and not lone:
-        calm, growth = _calm(whole, rule)
+    calm, growth = _calm(whole, rule) if ended else (np.ones(len(whole), bool), 0.0)
     of_groups, of_whole = _spikes(norms, rule), _spikes(whole[:, None], rule)
     far = of_whole.spike[:, 0]
     settling = np.cumprod(far).astype(bool) & calm
     spike = far & calm & ~settling
     shares = _shares(norms, of_groups, spike)
+    clipped_at, at_limit = _shared_maximum(whole, rule)
     return Evidence(
         names=history.names,
         kept=kept,
+        ended=ended,
         norms=norms,
         whole=whole,
         settling=settling,
@@ -132,9 +138,20 @@ def evidence(history: Any, rule: Rule) -> Evidence:
         together=float(np.median(of_groups.spike[spike].mean(axis=1))) if spike.any() else np.nan,
         drift=_drift(of_whole.level[calm, 0]),
         growth=growth,
-        clipped_at=_shared_maximum(whole, rule),
+        clipped_at=clipped_at,
+        at_limit=at_limit,
         nonfinite=history.first_nonfinite(),
+        passed=_passed(history, finite),
     )
+
+
+def _passed(history: Any, finite: np.ndarray) -> int:
+    """How many updates were not finite and yet followed by one that was."""
+    at_end = int(np.argmax(finite[::-1])) if finite.any() else len(finite)
+    seen = int((~finite).sum())
+    # Rows fail together more often than not; of those before the recording more is not known.
+    whole_run = seen if history.run is None else int(history.run.nonfinite.max(initial=0))
+    return max(seen, whole_run) - at_end
 
 
 def _spikes(norms: np.ndarray, rule: Rule) -> Spikes:
@@ -150,22 +167,30 @@ def _calm(whole: np.ndarray, rule: Rule) -> tuple[np.ndarray, float]:
     calm = np.zeros(len(whole), bool)
     if not len(whole):
         return calm, 0.0
-    medians = np.array([np.median(whole[: k + 1]) for k in range(len(whole))])
-    last = int(np.flatnonzero(whole <= rule.factor * medians)[-1])  # the first step always is
+    last = int(np.flatnonzero(whole <= rule.factor * _medians(whole))[-1])  # the first step always is
     calm[: last + 1] = True
     steps = len(whole) - 1 - last
-    with np.errstate(divide="ignore"):
-        doublings = np.log2(whole[-1] / whole[last]) if steps and whole[last] > 0 else 0.0
+    doublings = np.log2(whole[-1]) - np.log2(whole[last]) if steps else 0.0
     return calm, float(doublings / max(steps, 1))
+
+
+def _medians(values: np.ndarray) -> np.ndarray:
+    """The median of all values up to each."""
+    found, ordered = np.empty(len(values)), []
+    for k, value in enumerate(values.tolist()):
+        bisect.insort(ordered, value)
+        found[k] = ordered[k // 2] / 2 + ordered[(k + 1) // 2] / 2
+    return found
 
 
 def _shares(norms: np.ndarray, found: Spikes, seen: np.ndarray) -> np.ndarray:
     """The share of each group in what spikes are above the ordinary, averaged over spikes."""
     if not seen.any():
         return np.zeros(norms.shape[1])
-    level = np.nan_to_num(found.level[seen])
     top = norms[seen].max(axis=1, keepdims=True)
-    excess = np.maximum((norms[seen] / top) ** 2 - (level / top) ** 2, 0)
+    above = norms[seen] / top
+    level = np.minimum(np.nan_to_num(found.level[seen] / top), above)
+    excess = above**2 - level**2
     total = excess.sum(axis=1, keepdims=True)
     return (excess / np.where(total > 0, total, 1)).mean(axis=0)
 
@@ -177,10 +202,10 @@ def _drift(level: np.ndarray) -> float:
     return float(np.median(known[-tenth:]) / np.median(known[:tenth])) if len(known) else 1.0
 
 
-def _shared_maximum(whole: np.ndarray, rule: Rule) -> float:
-    """The largest norm, if so many steps share it that a limit must have held them; else NaN."""
-    if len(whole) < rule.least_steps or not whole.max() > 0:
-        return np.nan
-    # Clipped norms differ from the limit by roundings, up to 2^-8 for bfloat16.
-    same = whole >= whole.max() * (1 - 2.0**-7)
-    return float(whole.max()) if same.mean() >= rule.at_limit and len(np.unique(whole)) > 1 else np.nan
+def _shared_maximum(whole: np.ndarray, rule: Rule) -> tuple[float, float]:
+    """The largest norm if a limit must have held the many steps that share it, else NaN; and their part."""
+    if len(whole) < rule.least_steps:
+        return np.nan, 0.0
+    same = float((whole >= whole.max() * (1 - BFLOAT16)).mean())
+    clipped = same >= rule.at_limit and len(np.unique(whole)) > 1
+    return (float(whole.max()) if clipped else np.nan), same

@@ -392,10 +392,11 @@ class History:
         Record gradients before anything acts on them, some hundred steps or until the run fails.
 
         Args:
-          budget: which share of ordinary steps clipping may touch, from 0 to 0.5.
+          budget: which share of the ordinary norms of each group clipping may touch, from 0 to 0.5.
           optimizer: what follows the clipping: `"sgd"` for steps in proportion to the update, with or without
             momentum, `"adam"` for those that do not depend on its size.
-          learning_rate: the optimizer's, at the start. With it and SGD, the length of steps is judged too.
+          learning_rate: the optimizer's; its peak, where it warms up. With it and SGD, the length of steps is
+            judged too.
           rule: the constants of the rule.
 
         Raises:

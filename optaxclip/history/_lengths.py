@@ -5,17 +5,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from optaxclip import groups as _groups
 from optaxclip.history._evidence import Evidence
+from optaxclip.history._expressed import LAYER, coarser
+from optaxclip.history._rows import Row
 
 
 class Lengths(NamedTuple):
     """The lengths of steps in proportion to plain updates, relative to the weights at the start.
 
     Attributes:
-      layers: the layers, or the recorded rows where these are of several leaves.
+      layers: the layers, or the recorded rows where these are coarser, as rows.
       place: the layer of each row, `(rows,)`.
-      weights: the norm of each layer's weights, `(layers,)`.
+      weights: the norm of each layer's weights, `(layers,)`; zero where no gradient ever came.
       each: the length of its ordinary step over that, the median; NaN for weights that start from zero.
       longest: the length of its longest step likewise.
       whole: the length of the ordinary step of all layers together.
@@ -24,7 +25,7 @@ class Lengths(NamedTuple):
       rate: the learning rate.
     """
 
-    layers: tuple[str, ...]
+    layers: tuple[Row, ...]
     place: Int[np.ndarray, "rows"]
     weights: Float[np.ndarray, "layers"]
     each: Float[np.ndarray, "layers"]
@@ -50,24 +51,30 @@ def lengths(history: Any, found: Evidence, rate: float | None, step: float) -> L
       step: by how much the output may change in a step; of L layers each may change by that over the root
         of L, since independent changes add in squares.
     """
-    if rate is None or history.start is None or not norm(history.start) > 0:
+    if rate is None or history.start is None or history.norm != "l2":
         return None
-    single = all(len(row.sources) == 1 for row in history.rows)
-    own = history.regroup(_groups.layer()) if single else history
-    place = history.regrouped(_groups.layer()).place if single else np.arange(len(history.names))
+    own, place = coarser(history, LAYER), np.arange(len(history.names))
+    if own is None:
+        own = history
+    else:
+        place = history.regrouped(LAYER.groups).place
     norms, some = own.norms[found.kept], found.ordinary if found.ordinary.any() else found.calm
+    # Frozen weights would make the steps of the others look short.
+    weights = np.where((norms > 0).any(axis=0), own.start, 0)
+    if not 0 < norm(weights) < np.inf:
+        return None
     with np.errstate(divide="ignore", invalid="ignore"):
-        relative = np.where(own.start > 0, rate * norms / own.start, np.nan)
+        relative = np.where(weights > 0, rate * norms / weights, np.nan)
     first = found.whole[found.settling] if found.settling.any() else found.whole[:1]
     return Lengths(
-        layers=own.names,
+        layers=own.rows,
         place=place,
-        weights=own.start,
+        weights=weights,
         each=np.median(relative[some], axis=0),
         longest=relative.max(axis=0),
-        whole=rate * float(np.median(found.whole[some])) / norm(own.start),
-        first=rate * float(first.max()) / norm(own.start),
-        safe=step / np.sqrt(max(1, np.count_nonzero(own.start))),
+        whole=rate * float(np.median(found.whole[some])) / norm(weights),
+        first=rate * float(first.max()) / norm(weights),
+        safe=step / np.sqrt(max(1, np.count_nonzero(weights))),
         rate=rate,
     )
 

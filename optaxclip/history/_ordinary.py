@@ -39,7 +39,7 @@ def spikes(
       factor: how many times the median is ordinary, however little the norms scatter.
       window: how many norms the running median is of; an odd number.
     """
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         logs = np.where(np.isfinite(norms) & (norms > 0), np.log(norms), np.nan)
         level = np.stack([_running_median(column, window) for column in logs.T], axis=1)
         off = logs - level

@@ -8,34 +8,43 @@ import numpy as np
 from optaxclip import _checks
 from optaxclip.history._compare import Comparison
 from optaxclip.history._evidence import Evidence, Rule
+from optaxclip.history._expressed import called
 from optaxclip.history._lengths import Lengths, norm
+
+# These change what is said, not what is advised.
+WORTH_SAYING = 2.0  # a factor; what changes by less is lost in the scatter of norms
+TURNED = 0.99  # the cosine of 8 degrees; a smaller angle is no reason against a policy
 
 
 def undecided(history: Any, found: Evidence, rule: Rule) -> str | None:
     """Why nothing can be said; None if something can."""
     if not len(found.whole):
-        first = found.nonfinite
-        where = (
-            "" if first is None else f" Step {first.step} is the first that is not, in {some(first.names)}."
-        )
-        return (
-            f"The recording holds no finite norm.{where} Record the steps before it: a larger capacity, or a "
-            "shorter run."
-        )
-    if not found.whole.max() > 0:
-        return "All recorded norms are zero: record gradients, before anything else acts on them."
+        return _nothing_known(history, found)
     if not np.isnan(found.clipped_at):
-        share = np.mean(found.whole >= found.clipped_at * (1 - 2.0**-7))
         return (
-            f"{share:.0%} of the steps share the largest norm, {found.clipped_at:.3g}: these updates have "
-            "been clipped already. Put record() before the clipping, first in the chain."
+            f"{_percent(found.at_limit)} of the steps share the largest norm, {found.clipped_at:.3g}: these "
+            "updates have been clipped or normalised already. Put record() before that, first in the chain."
         )
     if not found.ended and len(found.whole) < rule.least_steps:
         return (
-            f"The recording has {len(history)} steps, {len(found.whole)} of them finite; below "
-            f"{rule.least_steps} nothing is known of how norms scatter. Record more."
+            f"The recording has {_count(len(history), 'step', 'steps')}, {len(found.whole)} with a norm that "
+            f"is finite and not zero; below {rule.least_steps} nothing is known of how norms scatter. Record "
+            "more."
         )
     return None
+
+
+def _nothing_known(history: Any, found: Evidence) -> str:
+    if not len(history) or not len(history.names):
+        return "The recording is empty. Record some hundred steps, or until the run fails."
+    if np.isfinite(history.norms).all(axis=1).any():
+        return "All recorded norms are zero. Record gradients, before anything else acts on them."
+    first = found.nonfinite
+    where = "" if first is None else f" Step {first.step} is the first that is not, in {some(first.names)}."
+    todo = "Record the steps before that: with a larger capacity, or a shorter run."
+    if first is not None and first.step == 0:
+        todo = "No limit on norms mends that: look at the parameters, the data and the loss."
+    return f"No recorded step is finite.{where} {todo}"
 
 
 def seen(history: Any, found: Evidence, steps: Lengths | None) -> list[str]:
@@ -44,38 +53,57 @@ def seen(history: Any, found: Evidence, steps: Lengths | None) -> list[str]:
     if len(ordinary):
         low, high = np.quantile(ordinary, [0.05, 0.95])
         said.append(
-            f"{len(ordinary)} of {len(history)} recorded steps are ordinary, with norms of {low:.3g} to "
-            f"{high:.3g} (nine of ten)."
+            f"{len(ordinary)} of {_count(len(history), 'recorded step is', 'recorded steps are')} ordinary: "
+            f"nine of ten have norms from {low:.3g} to {high:.3g}."
         )
     if found.spike.any():
-        most = int(found.shares.argmax())
-        said.append(
-            f"{_count(found.spike.sum(), 'step is a spike', 'steps are spikes')} of up to "
-            f"{found.whole[found.spike].max():.3g}. {found.shares[most]:.0%} of their excess is in "
-            f"{found.names[most]!r}; the effective number of rows in it is {found.effective:.1f} of "
-            f"{len(found.names)}, and in a spike {found.together:.0%} of the rows spike."
-        )
-    first = found.nonfinite
-    if first is not None:
-        deepest = f" The deepest that still was: {first.deepest_finite!r}." if first.deepest_finite else ""
-        said.append(f"Step {first.step} is the first that is not finite, in {some(first.names)}.{deepest}")
-        if found.growth > 0:
-            grew = int((~found.calm).sum())
-            said.append(
-                f"Norms grew for {_count(grew, 'step', 'steps')} before it, {found.growth:.1f} doublings "
-                "each: clip before that."
-            )
-        if not found.ended:
-            said.append(
-                f"Training went on after {_count((~found.kept).sum(), 'such step', 'such steps')}, which no "
-                "limit on norms mends: see skip_updates, and nonfinite='zero'."
-            )
-    if not 1 / 2 < found.drift < 2:
-        said.append(f"Within the recording ordinary norms changed by a factor of {found.drift:.2g}.")
+        said.append(_spikes_seen(found))
+    said += _nonfinite_seen(found)
+    if not 1 / WORTH_SAYING < found.drift < WORTH_SAYING:
+        said.append(f"Within the recording the ordinary norm changed by a factor of {found.drift:.2g}.")
     if steps is not None and len(ordinary):
         said.append(
-            f"An ordinary step is {steps.whole:.2g} of the weights' norm at the start, "
+            f"An ordinary step is {steps.whole:.2g} times as long as the weights at the start, whose norm is "
             f"{norm(steps.weights):.3g}."
+        )
+    return said
+
+
+def _spikes_seen(found: Evidence) -> str:
+    number, largest = int(found.spike.sum()), found.whole[found.spike].max()
+    head = f"1 step is a spike, of {largest:.3g}." if number == 1 else ""
+    head = head or f"{number} steps are spikes, of up to {largest:.3g}."
+    if len(found.names) == 1:
+        return head
+    most = int(found.shares.argmax())
+    return (
+        f"{head} Of what is above the ordinary in them {_percent(found.shares[most])} is in "
+        f"{found.names[most]!r}; in effect it is spread over {found.effective:.1f} of {len(found.names)} "
+        f"rows. In a typical one {_percent(found.together)} of the rows are far above their own level."
+    )
+
+
+def _nonfinite_seen(found: Evidence) -> list[str]:
+    said, first = [], found.nonfinite
+    if first is not None:
+        deepest = first.deepest_finite
+        still = "" if deepest is None else f" The deepest row still finite in it is {deepest!r}."
+        said.append(f"Step {first.step} is the first that is not finite, in {some(first.names)}.{still}")
+    if found.passed:
+        said.append(
+            f"Training went on after {_count(found.passed, 'step', 'steps')} that "
+            f"{'was' if found.passed == 1 else 'were'} not finite. No limit on norms mends such steps: see "
+            "oc.skip_updates, and nonfinite='zero'."
+        )
+    if found.ended and found.growth > 0:
+        said.append(
+            f"Before the end norms grew for {_count((~found.calm).sum(), 'step', 'steps')}, by "
+            f"{found.growth:.2g} doublings each: clip before that."
+        )
+    elif found.ended:
+        said.append(
+            "Norms did not grow before the end. If what is not finite comes from elsewhere, such as the "
+            "derivative of a root at zero, clipping will not prevent it."
         )
     return said
 
@@ -90,14 +118,17 @@ def short_enough(found: Evidence, steps: Lengths) -> str:
     """Why there is no clipping though some steps are spikes."""
     longest = steps.rate * float(found.whole.max()) / norm(steps.weights)
     return (
-        f"Even the longest step is {longest:.2g} of the weights, and {steps.safe:.2g} is safe: nothing would "
-        "be gained by clipping."
+        f"Even the longest step is {longest:.2g} times as long as the weights, and {steps.safe:.2g} is safe: "
+        "nothing would be gained by clipping."
     )
 
 
 def for_adam(found: Evidence, limit: float, swollen: float, rule: Rule) -> str:
     """Why Adam gets a limit below nearly all norms."""
     why = "a spike stays in its second moments, and shortens the steps that follow"
+    end = ""
+    if found.ended:
+        end = " It makes no step shorter: if the run ends again, the learning rate is the real problem."
     if not found.spike.any() and not found.ended and swollen >= rule.uneven:
         why = (
             f"norms scatter so much that the root of their mean square is {swollen:.2g} times an ordinary one"
@@ -105,45 +136,57 @@ def for_adam(found: Evidence, limit: float, swollen: float, rule: Rule) -> str:
     return (
         f"Adam's steps do not depend on the size of updates, only on how it changes, and {why}. A limit "
         f"of {limit:g}, {rule.below:g} times below ordinary norms, costs nothing, makes every step count "
-        "alike, and still will when norms have fallen."
+        f"alike, and still will when norms have fallen.{end}"
     )
 
 
 def culprits_too_long(steps: Lengths, culprits: np.ndarray) -> str:
     """Why some layers are limited by the length of their steps."""
-    names = [steps.layers[k] for k in np.flatnonzero(culprits)]
+    names = [called(steps.layers[k]) for k in np.flatnonzero(culprits)]
     rest = steps.each[~culprits]
     rest = rest[~np.isnan(rest)]
-    others = f", those of other layers {np.median(rest):.2g}" if len(rest) else ""
+    others = f", those of other layers {np.median(rest):.2g} times" if len(rest) else ""
     return (
-        f"Only {some(names)} {'is' if len(names) == 1 else 'are'} to blame: ordinary steps there are "
-        f"{np.nanmax(steps.each[culprits]):.2g} of the weights{others}. They are held to {steps.safe:.2g}, "
-        "and nothing else is."
+        f"Only {some(names)} {'is' if len(names) == 1 else 'are'} to blame: ordinary steps there are up to "
+        f"{np.nanmax(steps.each[culprits]):.2g} times as long as the weights{others}. They are held to "
+        f"{steps.safe:.2g} times, and nothing else is."
     )
 
 
 def all_too_long(found: Evidence, steps: Lengths, limit: float, rule: Rule) -> str:
     """Why all layers together are limited by the length of the step."""
-    longest = max(steps.whole, steps.first)
     blame = ""
-    if longest >= rule.high and not found.ended:
+    if max(steps.whole, steps.first) >= rule.high and not found.ended:
         blame = f" The learning rate of {steps.rate:g} is the real problem: try a lower one first."
-    elif longest >= rule.high:
-        blame = f" A learning rate below {steps.rate:g}, or smaller weights at the start, would help as well."
+    elif max(steps.whole, steps.first) >= rule.high:
+        blame = (
+            f" A learning rate below {steps.rate:g}, or smaller gradients at the start, would help as well."
+        )
+    which, length = "Ordinary steps are", steps.whole
+    if steps.first > steps.whole:
+        which, length = "The first steps are up to", steps.first
     return (
-        f"Steps are up to {longest:.2g} of the weights, and {steps.safe:.2g} is safe.{blame} With a limit of "
-        f"{limit:g} no step is longer, and its direction is kept."
+        f"{which} {length:.2g} times as long as the weights, and {steps.safe:.2g} is safe.{blame} With a "
+        f"limit of {limit:g} no step is longer than that, and its direction is kept."
     )
+
+
+def few_ordinary(found: Evidence) -> str:
+    """How much the limit is worth if it was read from few steps."""
+    number = _count(found.ordinary.sum(), "ordinary step", "ordinary steps")
+    return f"A limit read from {number} is a first guess: train with it, and record again."
 
 
 def from_the_start(limit: float, weights: bool) -> str:
     """Where a limit comes from when there was no ordinary step."""
     source = (
-        "at most a hundredth of the weights' norm, as in adaptive clipping" if weights else "the first norm"
+        "a hundredth of the weights' norm, as in adaptive gradient clipping"
+        if weights
+        else "the median norm before they grew"
     )
     return (
-        f"The run ended before there were ordinary steps to read a limit from; {limit:g} is {source}. Pass "
-        "learning_rate= for one that knows the length of steps."
+        f"The run ended before there were enough ordinary steps to read a limit from; {limit:g} is {source}. "
+        "Pass learning_rate= for a limit that goes by the length of steps, or record a run at a lower rate."
     )
 
 
@@ -152,25 +195,28 @@ def culprits_spike(names: Sequence[str], budget: float) -> str:
     one = len(names) == 1
     return (
         f"Only {some(names)} {'is' if one else 'are'} to blame: {'it is' if one else 'each is'} held to what "
-        f"{1 - budget:.0%} of its ordinary norms stay below, and nothing else is."
+        f"{_percent(1 - budget)} of its ordinary norms stay below, and nothing else is."
     )
 
 
-def together(limit: float | None, budget: float) -> str:
+def together(found: Evidence, limit: float | None, budget: float) -> str:
     """Why the global norm."""
+    why = "Rows spike together, so the global norm tells all"
+    if not found.spike.any():
+        why = "Nothing tells rows apart before the end, so the global norm is the one to hold"
     if limit is None:
-        return "Rows spike together, so the global norm tells all; since norms drift, the limit follows it."
+        return f"{why}; since norms drift, the limit follows them."
     return (
-        "Rows spike together, so the global norm tells all, and clipping by it keeps the direction. "
-        f"{1 - budget:.0%} of the ordinary norms stay below {limit:g}."
+        f"{why}, and clipping by it keeps the direction. {_percent(1 - budget)} of the ordinary norms stay "
+        f"below {limit:g}."
     )
 
 
-def one_by_one(layerwise: bool) -> str:
+def one_by_one(rows: str, budget: float) -> str:
     """Why each group by itself."""
     return (
-        f"{'Layers' if layerwise else 'Leaves'} spike one by one: a global limit would hold back all of them "
-        "for one, so each is held to its own ordinary norm."
+        f"{rows.capitalize()} spike one by one: a global limit would hold back all of them for one, so each "
+        f"is held to what {_percent(1 - budget)} of its own ordinary norms stay below."
     )
 
 
@@ -180,13 +226,13 @@ def beside_others(comparison: Comparison, policy: str) -> list[str]:
     said = []
     for name in ("layerwise", "leafwise"):
         row = rows.get(name)
-        if policy == "global" and row is not None and row.cosine_mean < 0.99:
+        if policy == "global" and row is not None and row.cosine_mean < TURNED:
             said.append(
                 f"{name.capitalize()} clipping with limits that are exceeded as seldom would have turned the "
                 f"updates it acts on, to a mean cosine of {row.cosine_mean:.2f}."
             )
     row = rows.get("global")
-    if policy in ("outliers", "layerwise", "leafwise") and row is not None and row.spike_cut > 2:
+    if policy in ("outliers", "layerwise", "leafwise") and row is not None and row.spike_cut > WORTH_SAYING:
         said.append(f"A global limit would have divided all layers by {row.spike_cut:.2g} in a spike.")
     return said
 
@@ -194,6 +240,10 @@ def beside_others(comparison: Comparison, policy: str) -> list[str]:
 def some(names: Sequence[str]) -> str:
     """A few of some names."""
     return _checks.listed(names, 3)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
 
 
 def _count(number: Any, one: str, many: str) -> str:

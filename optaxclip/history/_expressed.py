@@ -1,0 +1,80 @@
+"""Recordings and groupings as advice can put them into a line of code."""
+
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from optaxclip import groups as _groups
+from optaxclip._base import Groups
+from optaxclip.history._rows import Row
+
+
+class Grouping(NamedTuple):
+    """A grouping, once as an object and once as code."""
+
+    groups: Groups
+    code: str
+
+
+WHOLE = Grouping(_groups.whole(), "oc.groups.whole()")
+LAYER = Grouping(_groups.layer(), "oc.groups.layer()")
+LEAF = Grouping(_groups.leaf(), "oc.groups.leaf()")
+
+
+def plain(history: Any) -> Any:
+    """A recording of whole leaves, or of several together, in L2 norms where these can be had.
+
+    Rows that are parts of leaves, one for each unit or each of stacked layers, are put together.
+    """
+    if history.norm == "rms":
+        root = np.sqrt(history.sizes)
+        given = {key: getattr(history, key) for key in ("steps", "loss", "params", "start", "sizes", "run")}
+        given |= {k: given[k] * root for k in ("params", "start") if given[k] is not None}
+        history = type(history)._of(history.rows, history.norms * root, "l2", **given)
+    if not any(row.at for row in history.rows):
+        return history
+    return next(h for h in (coarser(history, by) for by in (LEAF, LAYER, WHOLE)) if h is not None)
+
+
+def coarser(history: Any, by: Grouping) -> Any:
+    """The recording regrouped; None if its rows are coarser than that."""
+    try:
+        return history.regroup(by.groups)
+    except ValueError:
+        return None
+
+
+def finest(history: Any) -> Grouping:
+    """The grouping whose groups are the rows of a recording of whole leaves."""
+    deepest = max((len(source.keys) for row in history.rows for source in row.sources), default=0)
+    depths = (Grouping(_groups.depth(k), f"oc.groups.depth({k})") for k in range(1, deepest))
+    for by in (LEAF, LAYER, *depths):
+        found = coarser(history, by)
+        if found is not None and len(found.names) == len(history.names):
+            return by
+    return only(history.rows, rest=False)
+
+
+def only(rows: Iterable[Row], rest: bool = True) -> Grouping:
+    """The grouping of some rows; with `rest`, other leaves are left alone."""
+    rules: dict[Any, Any] = {}
+    for row in rows:
+        paths = dict.fromkeys("/".join(source.keys) for source in row.sources)
+        patterns = [f"^{re.escape(path)}$" for path in paths]
+        # The name is a template, in which a backslash stands for itself if there are two.
+        rules[called(row).replace("\\", r"\\")] = patterns[0] if len(patterns) == 1 else patterns
+    if rest:
+        rules[None] = ".*"
+    return Grouping(_groups.regex(rules), f"oc.groups.regex({rules!r})")
+
+
+def called(row: Row) -> str:
+    """The name of a group; an array that is the whole tree has none of its own."""
+    return row.name or _groups.ROOT
+
+
+def norm_code(name: str) -> str:
+    """The code of a norm of this name."""
+    return f"oc.norms.{name}" if name.startswith("lp(") else f"oc.norms.{name}()"
