@@ -112,6 +112,12 @@ def each(numbers: dict[str, float]) -> tuple[float | Limit, str]:
     return limits.per_group(own), f"oc.limits.per_group({own!r})"
 
 
+def in_proportion(ratio: float, floor: float) -> tuple[Limit, str]:
+    """A limit in proportion to each group's weights, as those change; for more groups than can be listed."""
+    ratio, floor = rounded(ratio), rounded(floor)
+    return limits.relative(ratio, floor), f"oc.limits.relative({ratio!r}, floor={floor!r})"
+
+
 def following(budget: float, window: int) -> tuple[Limit, str]:
     """A limit that follows the norms: a high percentile of the last ones."""
     q = rounded(100 * (1 - budget))

@@ -53,12 +53,12 @@ def advise(history: Any, budget: float, optimizer: str, learning_rate: float | N
     if optimizer == "adam":
         return _for_adam(case, said)
     if steps is not None:
-        if steps.whole > steps.safe or steps.first >= rule.high:
+        far = found.spike & (found.whole > steps.limit)
+        if steps.whole > steps.safe or steps.first >= rule.high or far.any() or found.ended:
             return _too_long(case, steps, said)
-        if found.whole.max() <= steps.limit and not found.ended:
-            said.append(_reasons.short_enough(found, steps))
-            return _advised(case, "none", _advice.nothing(), said)
-    elif found.ended and found.ordinary.sum() < rule.least_steps:
+        said.append(_reasons.short_enough(found, steps))
+        return _advised(case, "none", _advice.nothing(), said)
+    if found.ended and found.ordinary.sum() < rule.least_steps:
         return _from_the_start(case, said)
     return _beyond_the_ordinary(case, said)
 
@@ -76,19 +76,25 @@ def _for_adam(case: Case, said: list[str]) -> Advice:
 
 
 def _too_long(case: Case, steps: Lengths, said: list[str]) -> Advice:
-    """Steps of SGD that are longer than is safe: the limit is the longest that is."""
-    found, rule = case.found, case.rule
-    culprits = _layers_to_blame(case, steps)
+    """Steps of SGD that are longer than is safe: each layer's limit is the longest that is."""
+    culprits, limits = _layers_to_blame(case, steps), steps.limits
     if culprits is not None:
         own = np.flatnonzero(culprits)
-        limit, code = _advice.each(
-            {called(steps.layers[k]): steps.safe * steps.weights[k] / steps.rate for k in own}
-        )
+        limit, code = _advice.each({called(steps.layers[k]): limits[k] for k in own})
         said = [*said, _reasons.culprits_too_long(steps, culprits)]
         chosen = _advice.clipping(limit, code, only([steps.layers[k] for k in own]), case.history.norm)
         return _advised(case, "outliers", chosen, said)
-    limit = _advice.rounded(steps.limit)
-    return _globally(case, limit, [*said, _reasons.all_too_long(found, steps, limit, rule)])
+    by = finest(case.history) if coarser(case.history, LAYER) is None else LAYER
+    if len(limits) <= _advice.LISTED:
+        limit, code = _advice.each(dict(zip(map(called, steps.layers), limits, strict=True)))
+    else:
+        limit, code = _advice.in_proportion(
+            steps.safe / steps.rate, float(limits.min()) * steps.rate / steps.safe
+        )
+    chosen = _advice.clipping(limit, code, by, case.history.norm)
+    replayed = case.history.replay(np.minimum(limits, _advice.LARGEST).astype(np.float32), by.groups)
+    said = [*said, _reasons.all_too_long(case.found, steps, case.rule)]
+    return _advised(case, "layerwise", chosen, said, replayed=replayed)
 
 
 def _layers_to_blame(case: Case, steps: Lengths) -> np.ndarray | None:
@@ -239,21 +245,22 @@ def _advised(
     chosen: Chosen,
     said: list[str],
     within: tuple[float, float] | None = None,
+    replayed: Any = None,
 ) -> Advice:
     comparison = None
     if case.found.ordinary.sum() >= case.rule.least_steps:
-        comparison = case.history.compare(_candidates(case, policy, chosen))
+        beside = {} if policy == "none" else {f"advised: {policy}": replayed or chosen.transformation}
+        comparison = case.history.compare(beside | _candidates(case))
         if case.optimizer != "adam":
             said = [*said, *_reasons.beside_others(comparison, policy)]
     made = chosen.transformation
     return Advice(policy, chosen.groups, chosen.limit, within, chosen.code, tuple(said), comparison, made)
 
 
-def _candidates(case: Case, policy: str, chosen: Chosen) -> dict[str, Any]:
-    """The advice beside the others, each with limits that as few ordinary norms exceed."""
+def _candidates(case: Case) -> dict[str, Any]:
+    """What the advice stands beside: policies with limits that few ordinary norms exceed."""
     history = case.history
-    made = {} if policy == "none" else {f"advised: {policy}": history.replay(chosen.transformation)}
-    made["none"] = history.replay(np.inf)
+    made = {"none": history.replay(np.inf)}
     top = np.quantile(case.found.whole[_typical(case)], 1 - case.budget)
     made["global"] = history.replay(min(float(top), _advice.LARGEST))
     for name, by in {"layerwise": LAYER, "leafwise": LEAF}.items():

@@ -36,6 +36,15 @@ class Lengths(NamedTuple):
     rate: float
 
     @property
+    def limits(self) -> Float[np.ndarray, "layers"]:
+        """The norm of each layer's update whose step is as long as is safe.
+
+        Layers whose weights start from zero get the median of the others: nothing is known of them.
+        """
+        weights = np.where(self.weights > 0, self.weights, np.median(self.weights[self.weights > 0]))
+        return self.safe * weights / self.rate
+
+    @property
     def limit(self) -> float:
         """The norm of an update whose step is as long as is safe."""
         return self.safe * norm(self.weights) / self.rate

@@ -153,8 +153,8 @@ def culprits_too_long(steps: Lengths, culprits: np.ndarray) -> str:
     )
 
 
-def all_too_long(found: Evidence, steps: Lengths, limit: float, rule: Rule) -> str:
-    """Why all layers together are limited by the length of the step."""
+def all_too_long(found: Evidence, steps: Lengths, rule: Rule) -> str:
+    """Why every layer is limited by the length of its step."""
     blame = ""
     if max(steps.whole, steps.first) >= rule.high and not found.ended:
         blame = f" The learning rate of {steps.rate:g} is the real problem: try a lower one first."
@@ -163,11 +163,15 @@ def all_too_long(found: Evidence, steps: Lengths, limit: float, rule: Rule) -> s
             f" A learning rate below {steps.rate:g}, or smaller gradients at the start, would help as well."
         )
     which, length = "Ordinary steps are", steps.whole
+    longest = steps.rate * float(found.whole.max()) / norm(steps.weights)
     if steps.first > steps.whole:
         which, length = "The first steps are up to", steps.first
+    elif steps.whole <= steps.safe:
+        which, length = "The longest step is", longest
     return (
-        f"{which} {length:.2g} times as long as the weights, and {steps.safe:.2g} is safe.{blame} With a "
-        f"limit of {limit:g} no step is longer than that, and its direction is kept."
+        f"{which} {length:.2g} times as long as the weights, and {steps.safe:.2g} is safe.{blame} Each layer "
+        "is held to that, relative to its own weights: a limit on the whole would let one layer use it up for "
+        "all."
     )
 
 
