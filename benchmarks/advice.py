@@ -3,6 +3,7 @@
 `python -m benchmarks.advice --help`
 """
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -51,7 +52,10 @@ class Setting(NamedTuple):
 QUICK = Setting(seeds=1, limits=(0.1, 1.0, 10.0))
 
 
-def recorder(task: Task) -> Advise:
+RULE = oc.Rule()
+
+
+def recorder(task: Task, rule: oc.Rule = RULE) -> Advise:
     """A function from parameters and batches to the advice of the task's first steps without clipping."""
     tx = optax.chain(oc.record(capacity=task.recorded), task.update_rule())
     run = jax.jit(lambda params, batches: advice_grid.train(task, tx, params, batches)[1])
@@ -59,7 +63,7 @@ def recorder(task: Task) -> Advise:
     def advise(params: Params, batches: Any) -> oc.Advice:
         state = run(params, jax.tree.map(lambda x: x[: task.recorded], batches))
         history = oc.History.from_state(state, params)
-        return history.advise(optimizer=task.optimizer, learning_rate=task.learning_rate)
+        return history.advise(optimizer=task.optimizer, learning_rate=task.learning_rate, rule=rule)
 
     return advise
 
@@ -142,6 +146,9 @@ def main(
     quick: Annotated[
         bool, typer.Option("--quick", help="One seed and three limits, to see that it runs.")
     ] = False,
+    step: Annotated[
+        float, typer.Option(min=0, help="The rule's length of a step of SGD that is safe.")
+    ] = RULE.step,
     grid_only: Annotated[
         bool, typer.Option("--grid-only", help="Train the grid and take no advice.")
     ] = False,
@@ -166,7 +173,8 @@ def main(
         "scikit-learn": sys.modules["sklearn"].__version__,
         "text": f"standard library of Python {sys.version.split()[0]}",
     }
-    outcomes = compare_all(names, setting, cache, None if grid_only else recorder, console)
+    make = functools.partial(recorder, rule=RULE._replace(step=step))
+    outcomes = compare_all(names, setting, cache, None if grid_only else make, console)
     console.print(advice_report.table(outcomes), f"Setting: {setting}.", sep="\n", highlight=False)
     if not grid_only:
         console.print(advice_report.summary(outcomes), highlight=False)

@@ -175,8 +175,8 @@ def write_markdown(path: Path, outcomes: Sequence[Outcome], setting: str, where:
 
 
 def _item(one: Outcome) -> str:
-    codes = ", ".join(f"`{code}`" for code in dict.fromkeys(taken.code for taken in one.taken))
-    return f"- `{one.task.name}`: {one.task.what}." + (f" Advised: {codes}." if codes else "")
+    advised = f" Advised for the first seed: `{one.taken[0].code}`." if one.taken else ""
+    return f"- `{one.task.name}`: {one.task.what}.{advised}"
 
 
 def write_json(path: Path, outcomes: Sequence[Outcome], setting: str, where: Mapping[str, Any]) -> None:

@@ -170,8 +170,8 @@ def all_too_long(found: Evidence, steps: Lengths, rule: Rule) -> str:
         which, length = "The longest step is", longest
     return (
         f"{which} {length:.2g} times as long as the weights, and {steps.safe:.2g} is safe.{blame} Each layer "
-        "is held to that, relative to its own weights: a limit on the whole would let one layer use it up for "
-        "all."
+        "is held to that, relative to its own weights: a limit on the whole would let one layer use it up "
+        "for all."
     )
 
 
