@@ -239,5 +239,16 @@ def _entries(part: Partition, options: Options, bad: jax.Array) -> jax.Array:
 
 
 def _not_finite(block: Block) -> jax.Array:
-    found = jnp.sum(~jnp.isfinite(block.array), axis=block.reduced, dtype=jnp.int32)
-    return _mesh.replicate(found, block.array)
+    """How many entries are not finite, of the block's kept shape."""
+    x, bad, reduced = block.array, lambda x: ~jnp.isfinite(x), block.reduced
+    kind = jnp.finfo(x.dtype)
+    if kind.bits == 16:
+        # By their bits: XLA on CPU would make a float32 copy of all of them first.
+        exponent = np.uint16((2**kind.nexp - 1) << kind.nmant)
+        x, bad = lax.bitcast_convert_type(x, jnp.uint16), lambda x: (x & exponent) == exponent
+    if x.ndim < 2 or _mesh.has_mesh(x):
+        return _mesh.replicate(jnp.sum(bad(x), axis=reduced, dtype=jnp.int32), x)
+    # It also writes out what is to be counted; slice by slice, that is small.
+    rest = tuple(axis - 1 for axis in reduced if axis)
+    found = lax.map(lambda part: jnp.sum(bad(part), axis=rest, dtype=jnp.int32), x)
+    return jnp.sum(found, axis=0) if 0 in reduced else found
