@@ -262,6 +262,14 @@ def test_each_group_has_the_limit_of_its_own_norms():
         assert float(limits[name]) == pytest.approx(np.quantile(norms, 0.95), rel=5e-3)
 
 
+def test_outliers_are_few():
+    """Twenty rows of eighty that spike by turns are too many for a line of code: all are held."""
+    norms = by_turns(noise(rows=80), *range(20))
+    advice = oc.History([f"{k}/kernel" for k in range(80)], norms).advise()
+    assert advice.policy == "layerwise"
+    assert "percentile(95.0, 128" in advice.code
+
+
 def test_a_step_is_held_to_what_is_safe():
     """With a learning rate the limit is 0.005 / √layers of the weights' norm, in steps of SGD."""
     weights = np.sqrt(8 * 10.0**2)
@@ -347,6 +355,14 @@ def test_bfloat16_updates_that_were_clipped_are_found_out():
     advice = oc.History(["w"], norms[:, None]).advise()
     assert advice.policy == "undecided"
     assert "clipped or normalised already" in advice.reasons[0]
+
+
+@pytest.mark.parametrize(
+    "norms", [np.linspace(1, 1.01, 200), 1 - 0.01 * np.linspace(-1, 1, 200) ** 2], ids=["rising", "a maximum"]
+)
+def test_a_smooth_run_was_not_clipped(norms):
+    """Norms that hardly change, as those of whole data sets, are near their largest and share none."""
+    assert oc.History(["w"], norms[:, None]).advise().policy == "none"
 
 
 TX = oc.record(capacity=8)
