@@ -85,7 +85,7 @@ def _too_long(case: Case, steps: Lengths, said: list[str]) -> Advice:
         chosen = _advice.clipping(limit, code, only([steps.layers[k] for k in own]), case.history.norm)
         return _advised(case, "outliers", chosen, said)
     by = finest(case.history) if coarser(case.history, LAYER) is None else LAYER
-    if len(limits) <= _advice.LISTED:
+    if len(limits) <= case.rule.listed:
         limit, code = _advice.each(dict(zip(map(called, steps.layers), limits, strict=True)))
     else:
         limit, code = _advice.in_proportion(
