@@ -215,7 +215,8 @@ def _check_references(where: str, member: Member | None, pattern: re.Pattern) ->
     """Raises if the name refers to a group that the pattern lacks, before any leaf is seen."""
     if member is None:
         return
-    for reference in re.findall(r"\\(\d+)", member.group) + re.findall(r"\\g<(\w+)>", member.group):
+    template = member.group.replace(r"\\", "")  # two backslashes stand for one
+    for reference in re.findall(r"\\(\d+)", template) + re.findall(r"\\g<(\w+)>", template):
         known = int(reference) <= pattern.groups if reference.isdigit() else reference in pattern.groupindex
         if not known:
             raise ValueError(

@@ -270,3 +270,9 @@ def test_describe_lists_groups_leaves_and_what_is_left_alone():
     text = oc.describe(oc.groups.regex(rules), jax.eval_shape(lambda: params))
     assert "  Dense_2/w      (4,)        float32   measured only" in text.splitlines()
     assert "  Dense_10/w     (4,)        float32   scaled only" in text.splitlines()
+
+
+def test_a_doubled_backslash_in_a_name_stands_for_one():
+    """What follows it is no reference, even where it is a number."""
+    names = oc.group_norms({"a\\1": jnp.ones(4)}, oc.groups.regex({r"a\\1": "^a"}))
+    assert list(names) == ["a\\1"]

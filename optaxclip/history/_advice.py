@@ -16,7 +16,6 @@ from optaxclip.history._expressed import LAYER, LEAF, WHOLE, Grouping, norm_code
 from optaxclip.history._rows import norm_called
 
 LARGEST = 3.4e38  # float32 ends just above
-LISTED = 12  # groups; of more the limits no longer fit into a line of code
 
 PolicyName: TypeAlias = Literal["none", "global", "layerwise", "leafwise", "outliers", "undecided"]
 

@@ -85,7 +85,7 @@ def _too_long(case: Case, steps: Lengths, said: list[str]) -> Advice:
         chosen = _advice.clipping(limit, code, only([steps.layers[k] for k in own]), case.history.norm)
         return _advised(case, "outliers", chosen, said)
     by = finest(case.history) if coarser(case.history, LAYER) is None else LAYER
-    if len(limits) <= _advice.LISTED:
+    if len(limits) <= case.rule.listed:
         limit, code = _advice.each(dict(zip(map(called, steps.layers), limits, strict=True)))
     else:
         limit, code = _advice.in_proportion(
@@ -108,8 +108,8 @@ def _layers_to_blame(case: Case, steps: Lengths) -> np.ndarray | None:
     by_spikes = np.isin(np.arange(len(each)), steps.place[rows]) if rows is not None else each < 0
     total = (each**2).sum()
     for own in (each >= rule.high, by_spikes, _holders(each**2 / total if total > 0 else each, rule)):
-        few = 0 < own.sum() <= rule.few * len(own) and not np.isnan(steps.each[own]).any()
-        if few and (np.nan_to_num(steps.longest[~own]) < rule.high).all():
+        known = not np.isnan(steps.each[own]).any()
+        if _few(own, rule) and known and (np.nan_to_num(steps.longest[~own]) < rule.high).all():
             return own
     return None
 
@@ -128,7 +128,12 @@ def _to_blame(case: Case) -> np.ndarray | None:
     if found.spike.sum() < rule.least_spikes or found.together > rule.together or not found.shares.any():
         return None
     own = _holders(found.shares, rule)
-    return own if own.sum() <= rule.few * len(own) else None
+    return own if _few(own, rule) else None
+
+
+def _few(own: np.ndarray, rule: Rule) -> bool:
+    """Whether so few are marked that they can be called outliers, and listed in a line of code."""
+    return bool(0 < own.sum() <= min(rule.few * len(own), rule.listed))
 
 
 def _from_the_start(case: Case, said: list[str]) -> Advice:
@@ -199,7 +204,7 @@ def _of_the_whole(case: Case, share: float) -> tuple[float, tuple[float, float] 
 
 def _of_each(case: Case, own: Any) -> tuple[float | Limit, str]:
     """The same for each row of a recording; where numbers will not do, a limit that follows the norms."""
-    if _drifts(case) or len(own.names) > _advice.LISTED:
+    if _drifts(case) or len(own.names) > case.rule.listed:
         return _advice.following(case.budget, _window(case))
     return _advice.each(dict(zip(map(called, own.rows), _seldom_exceeded(case, own), strict=True)))
 

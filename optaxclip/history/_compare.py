@@ -138,7 +138,7 @@ def _summed_up(name: str, found: Replay, ordinary: np.ndarray, angles: bool) -> 
     straight = 1.0 if angles and not (acted & finite).any() else np.nan
     least, most = found.by_row.min(axis=1, initial=np.inf), found.by_row.max(axis=1, initial=0)
     changed = acted & finite & (most > 0)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):
         cut, apart = before[spike] / after[spike], most[changed] / least[changed]
     return Compared(
         name=name,

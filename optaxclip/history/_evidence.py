@@ -39,6 +39,7 @@ class Rule(NamedTuple):
         an ordinary norm, ordinary steps are shorter by a third.
       below: a limit for Adam is this many times below ordinary norms, so that it still is when norms have
         fallen, as they do in training; being lower costs nothing.
+      listed: the number of groups whose names and limits still make a line of code one can read.
       resamples: of the bootstrap behind the interval.
     """
 
@@ -56,6 +57,7 @@ class Rule(NamedTuple):
     high: float = 0.1
     of_weights: float = 0.01
     uneven: float = 1.5
+    listed: int = 12
     below: float = 10.0
     resamples: int = 1000
 
@@ -203,9 +205,13 @@ def _drift(level: np.ndarray) -> float:
 
 
 def _shared_maximum(whole: np.ndarray, rule: Rule) -> tuple[float, float]:
-    """The largest norm if a limit must have held the many steps that share it, else NaN; and their part."""
+    """The largest norm if a limit must have held the many steps that share it, else NaN; and their part.
+
+    Norms that change smoothly have many near their largest as well, but as many, or at a maximum sqrt(2) - 1
+    times as many, just below.
+    """
     if len(whole) < rule.least_steps:
         return np.nan, 0.0
-    same = float((whole >= whole.max() * (1 - BFLOAT16)).mean())
-    clipped = same >= rule.at_limit and len(np.unique(whole)) > 1
+    same, wider = (float((whole >= whole.max() * (1 - k * BFLOAT16)).mean()) for k in (1, 2))
+    clipped = same >= rule.at_limit and wider - same < same / 4 and len(np.unique(whole)) > 1
     return (float(whole.max()) if clipped else np.nan), same

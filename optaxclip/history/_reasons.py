@@ -117,6 +117,12 @@ def nothing_beyond(found: Evidence) -> str:
 def short_enough(found: Evidence, steps: Lengths) -> str:
     """Why there is no clipping though some steps are spikes."""
     longest = steps.rate * float(found.whole.max()) / norm(steps.weights)
+    if longest > steps.safe:
+        first = "the first steps are" if found.settling.any() else "what scatters beyond it is"
+        return (
+            f"Up to {steps.safe:.2g} times the weights is safe, and {first} at most {longest:.2g}: nothing "
+            "would be gained by clipping."
+        )
     return (
         f"Even the longest step is {longest:.2g} times as long as the weights, and {steps.safe:.2g} is safe: "
         "nothing would be gained by clipping."
@@ -155,6 +161,12 @@ def culprits_too_long(steps: Lengths, culprits: np.ndarray) -> str:
 
 def all_too_long(found: Evidence, steps: Lengths, rule: Rule) -> str:
     """Why every layer is limited by the length of its step."""
+    longest = steps.rate * float(found.whole.max()) / norm(steps.weights)
+    if longest <= steps.safe:
+        return (
+            f"No finite step was longer than is safe, {steps.safe:.2g} times the weights. Each layer is held "
+            "to that all the same, relative to its own weights."
+        )
     blame = ""
     if max(steps.whole, steps.first) >= rule.high and not found.ended:
         blame = f" The learning rate of {steps.rate:g} is the real problem: try a lower one first."
@@ -162,12 +174,11 @@ def all_too_long(found: Evidence, steps: Lengths, rule: Rule) -> str:
         blame = (
             f" A learning rate below {steps.rate:g}, or smaller gradients at the start, would help as well."
         )
-    which, length = "Ordinary steps are", steps.whole
-    longest = steps.rate * float(found.whole.max()) / norm(steps.weights)
-    if steps.first > steps.whole:
+    which, length = "The longest step is", longest
+    if steps.first >= rule.high:
         which, length = "The first steps are up to", steps.first
-    elif steps.whole <= steps.safe:
-        which, length = "The longest step is", longest
+    elif steps.whole > steps.safe:
+        which, length = "Ordinary steps are", steps.whole
     return (
         f"{which} {length:.2g} times as long as the weights, and {steps.safe:.2g} is safe.{blame} Each layer "
         "is held to that, relative to its own weights: a limit on the whole would let one layer use it up "
