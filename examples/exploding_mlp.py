@@ -1,10 +1,10 @@
-"""A deep network whose gradients explode, trained on scanned digits under six clipping policies.
+"""A deep network whose gradients explode, trained on scanned digits without and with clipping.
 
-All start from the same weights, see the same batches, and may make updates of the same size; see `policies`.
+All policies start from the same weights and see the same batches; see `policies`. The last is what
+`optaxclip` advises after it saw the run without clipping.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import typer
-from exploding_mlp_report import Result, conclusion, figure, table
+from exploding_mlp_report import Compared, Result, Trace, conclusion, save, table
 from jax.flatten_util import ravel_pytree
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from terminal import Bars, check, in_words, show, written
 
 import optaxclip as oc
 
@@ -71,14 +71,6 @@ class Kept(NamedTuple):
     updates: Any
 
 
-class Trace(NamedTuple):
-    """One run, step by step: loss, raw gradient norm of each layer, cosine of clipped and raw gradient."""
-
-    loss: Any
-    norms: Any
-    cosine: Any
-
-
 def load(seed: int) -> Digits:
     """The digits of scikit-learn, a fifth of them set aside for the test."""
     x, y = load_digits(return_X_y=True)
@@ -126,22 +118,22 @@ def accuracy(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def policies(setting: Setting, params: Params) -> dict[str, Policy]:
-    """Six policies that all allow the whole update a norm of C, and differ in what shares it.
+    """No clipping but a recording, and five policies that allow the whole update a norm of C.
 
-    It is C/√G for each of G layers or leaves and C/√D for each of D entries. Adaptive clipping, whose limits
-    follow the weights, allows C in all for the weights at the start.
+    That is C/√G for each of G layers or leaves and C/√D for each of D entries. Adaptive clipping, whose
+    limits follow the weights, allows C in all for the weights at the start.
     """
     c, leaves = setting.limit, jax.tree.leaves(params)
     layer, leaf = c / math.sqrt(len(params)), c / math.sqrt(len(leaves))
     entry = c / math.sqrt(sum(leaf.size for leaf in leaves))
     ratio = c / float(optax.tree.norm(params))
     return {
-        "none": Policy(optax.identity(), "–"),
-        "value": Policy(oc.clip_by_value(entry), f"{entry:.2g} / entry"),
+        "none": Policy(oc.record(capacity=setting.steps), "–"),
+        "value": Policy(oc.clip_by_value(entry), f"{entry:.2g}/entry"),
         "global": Policy(oc.clip_by_global_norm(c), f"{c:g} in all"),
-        "layerwise": Policy(oc.clip_by_layerwise_norm(oc.limits.budget(c)), f"{layer:.2g} / layer"),
-        "leafwise": Policy(oc.clip_by_leafwise_norm(oc.limits.budget(c)), f"{leaf:.2g} / leaf"),
-        "agc": Policy(oc.adaptive_grad_clip(ratio), f"{ratio:.2g} × unit"),
+        "layerwise": Policy(oc.clip_by_layerwise_norm(oc.limits.budget(c)), f"{layer:.2g}/layer"),
+        "leafwise": Policy(oc.clip_by_leafwise_norm(oc.limits.budget(c)), f"{leaf:.2g}/leaf"),
+        "agc": Policy(oc.adaptive_grad_clip(ratio), f"{ratio:.2g}×unit"),
     }
 
 
@@ -167,9 +159,9 @@ def cosine(a: Any, b: Any) -> jax.Array:
 
 
 def train(
-    setting: Setting, clip: optax.GradientTransformation, params: Params, data: Digits, show: Callable
+    setting: Setting, clip: optax.GradientTransformation, params: Params, data: Digits, report: Callable
 ) -> tuple[Params, Any, Trace]:
-    """Trains in chunks of one size, so that they compile once; calls `show(steps, loss)` after each.
+    """Trains in chunks of one size, so that they compile once; calls `report(steps, loss)` after each.
 
     Returns:
       The parameters, the optimizer's state, and the `Trace` as NumPy arrays with a row for each step.
@@ -179,7 +171,7 @@ def train(
     def step(carry, batch):
         params, state = carry
         loss, grads = jax.value_and_grad(mean_loss)(params, data.train_x[batch], data.train_y[batch])
-        updates, state = optimizer.update(grads, state, params)
+        updates, state = optimizer.update(grads, state, params, value=loss)
         norms = jnp.stack(list(oc.group_norms(grads, oc.groups.layer()).values()))
         clipped = optax.tree.get(state, "Kept").updates
         return (optax.apply_updates(params, updates), state), Trace(loss, norms, cosine(grads, clipped))
@@ -193,7 +185,7 @@ def train(
     for batch in batches:
         (params, state), trace = run((params, state), batch)
         traces.append(jax.device_get(trace))
-        show(chunk, float(traces[-1].loss[-1]))
+        report(chunk, float(traces[-1].loss[-1]))
     return params, state, Trace(*map(np.concatenate, zip(*traces, strict=True)))
 
 
@@ -220,53 +212,25 @@ def summary(policy: Policy, params: Params, state: Any, trace: Trace, data: Digi
     )
 
 
-def compare(setting: Setting, console: Console) -> tuple[dict[str, Result], dict[str, Trace]]:
-    """Trains under each policy, and shows how far it is."""
+def compare(setting: Setting, console: Console) -> Compared:
+    """Trains under each policy and then as advised, and shows how far it is."""
     data = load(setting.seed)
     params = initial(setting, data.train_x.shape[1])
-    named, results, traces = policies(setting, params), {}, {}
-    columns = TextColumn("{task.description:9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
-        bars = {name: progress.add_task(name, False, setting.steps, note="waiting") for name in named}
-        for name, bar in bars.items():
+    named, states, results, traces = policies(setting, params), {}, {}, {}
+    with Bars([*named, "advised"], setting.steps, console) as bars:
 
-            def show(steps: int, loss: float, bar=bar) -> None:
-                progress.update(bar, advance=steps, note=f"loss {loss:.2g}")
+        def run(name: str) -> None:
+            report = bars.begin(name)
+            trained, states[name], traces[name] = train(setting, named[name].clip, params, data, report)
+            results[name] = summary(named[name], trained, states[name], traces[name], data)
 
-            progress.start_task(bar)
-            progress.update(bar, note="compiling")
-            trained, state, traces[name] = train(setting, named[name].clip, params, data, show)
-            results[name] = summary(named[name], trained, state, traces[name], data)
-    return results, traces
-
-
-def save(output: Path, setting: Setting, results: dict[str, Result], traces: dict[str, Trace]) -> list[Path]:
-    """Writes the figure, and the table's numbers as JSON with null for those that are not finite."""
-    rows = {name: row._asdict() for name, row in results.items()}
-    for row in rows.values():
-        row["final_loss"] = row["final_loss"] if math.isfinite(row["final_loss"]) else None
-    numbers = {"setting": dataclasses.asdict(setting), "policies": rows}
-    picture, text = output / "exploding_mlp.png", output / "exploding_mlp.json"
-    title = f"Exploding gradients under six clipping policies\n{setting}"
-    losses = {name: trace.loss for name, trace in traces.items()}
-    norms = {name: trace.norms for name, trace in traces.items()}
-    died = {name: row.first_nonfinite_step for name, row in results.items()}
-    figure(title, losses, norms, died, guessing=math.log(CLASSES)).savefig(picture)
-    text.write_text(json.dumps(numbers, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    return [picture, text]
-
-
-def check(setting: Setting, output: Path) -> None:
-    """Refuses what the options' types let through, before any training."""
-    for name in ("gain", "learning_rate", "limit"):
-        value = getattr(setting, name)
-        if not (value > 0 and math.isfinite(value)):
-            hint = f"'--{name.replace('_', '-')}'"
-            raise typer.BadParameter(f"{value} is not a positive, finite number.", param_hint=hint)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise typer.BadParameter(f"{output}: {error.strerror}.", param_hint="'--output'") from error
+        for name in named:
+            run(name)
+        recording = oc.History.from_state(states["none"], params)
+        advice = recording.advise(optimizer="sgd", learning_rate=setting.learning_rate)
+        named["advised"] = Policy(advice.transformation(), in_words(advice))
+        run("advised")
+    return Compared(results, traces, recording, advice)
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -283,22 +247,28 @@ def main(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of weights and batches.")] = Setting.seed,
     output: Annotated[Path, typer.Option(help="Folder for the picture and the numbers.")] = Path("out"),
 ) -> None:
-    """Trains one exploding network without clipping and under five clipping policies, and compares them.
+    """Trains one exploding network without clipping and under six clipping policies, and compares them.
 
     The network is a deep multi-layer perceptron that learns to read handwritten digits by SGD with momentum.
     With a gain of 1 layers keep the size of what they are given; above 1, loss and gradients grow
     with the gain to the power of the depth.
 
-    All policies start from the same weights, see the same batches, and allow the whole update a norm of C:
+    All start from the same weights and see the same batches. Five policies allow the whole update a norm of
+    C:
     global clipping C in all, layerwise and leafwise clipping C/√G for each of G layers or leaves, clipping by
     value C/√D for each of D entries. Adaptive clipping (agc) allows each unit a share of its weights' norm.
+
+    The sixth is not told C. The run without clipping is recorded, and what optaxclip advises from that
+    recording is printed with its reasons, and tried. `optaxclip` shows, plots and advises on the recording.
     """
     setting, console = Setting(depth, width, gain, learning_rate, steps, limit, seed), Console()
-    check(setting, output)
-    results, traces = compare(setting, console)
-    paths = save(output, setting, results, traces)
-    console.print(table(results), f"Setting: {setting}.", conclusion(results), sep="\n", highlight=False)
-    console.print("Written:", ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
+    check(output, gain=gain, learning_rate=learning_rate, limit=limit)
+    found = compare(setting, console)
+    paths = save(output, setting, found, guessing=math.log(CLASSES))
+    said = f"Setting: {setting}.", conclusion(found.results)
+    console.print(table(found.results), *said, sep="\n", highlight=False)
+    show(found.advice, console)
+    written(paths, learning_rate, console)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
 """What `exploding_mlp.py` reports: the table, what it says in words, and the figure."""
 
-from typing import NamedTuple
+import dataclasses
+import json
+import math
+import textwrap
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import colors, ticker
@@ -9,10 +14,12 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from rich.table import Table
 
-TRAINED = 0.9  # the test accuracy above which a network counts as trained
+import optaxclip as oc
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; one for each run, in order.
-COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00")
+COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+
+TRAINED = 0.9  # the test accuracy above which a network counts as trained
 
 
 class Result(NamedTuple):
@@ -26,10 +33,27 @@ class Result(NamedTuple):
     mean_cosine: float | None
 
 
+class Trace(NamedTuple):
+    """One run, step by step: loss, raw gradient norm of each layer, cosine of clipped and raw gradient."""
+
+    loss: Any
+    norms: Any
+    cosine: Any
+
+
+class Compared(NamedTuple):
+    """All runs by their policies; the recording of the one without clipping, and what it says."""
+
+    results: dict[str, Result]
+    traces: dict[str, Trace]
+    recording: oc.History
+    advice: oc.Advice
+
+
 def table(results: dict[str, Result]) -> Table:
     """The results; the best accuracy is in bold, runs that died are in red."""
-    made = Table("policy", "limit", title="Handwritten digits, by clipping policy", pad_edge=False)
-    for heading in "test\naccuracy", "final\nloss", "not finite\nfrom step", "steps\nclipped", "mean\ncosine":
+    made = Table("policy", "limit", title="Handwritten digits, by clipping policy")
+    for heading in "test\nacc.", "final\nloss", "not finite\nfrom step", "steps\nclipped", "mean\ncosine":
         made.add_column(heading, justify="right")
     best = max(row.test_accuracy for row in results.values())
     for name, row in results.items():
@@ -69,14 +93,33 @@ def conclusion(results: dict[str, Result]) -> str:
     return f"Without clipping the network {fate}; {end}"
 
 
+def save(output: Path, setting: Any, found: Compared, guessing: float) -> list[Path]:
+    """Writes the figure, the numbers as JSON with null for those that are not finite, and the recording."""
+    rows = {name: row._asdict() for name, row in found.results.items()}
+    for row in rows.values():
+        row["final_loss"] = row["final_loss"] if math.isfinite(row["final_loss"]) else None
+    said = {"policy": found.advice.policy, "code": found.advice.code, "reasons": found.advice.reasons}
+    numbers = {"setting": dataclasses.asdict(setting), "policies": rows, "advice": said}
+    picture, text, recording = (output / f"exploding_mlp.{kind}" for kind in ("png", "json", "npz"))
+    title = f"Exploding gradients without clipping, and under six clipping policies\n{setting}"
+    losses = {name: trace.loss for name, trace in found.traces.items()}
+    norms = {name: trace.norms for name, trace in found.traces.items()}
+    died = {name: row.first_nonfinite_step for name, row in found.results.items()}
+    figure(title, losses, norms, died, guessing, found.advice.code).savefig(picture)
+    text.write_text(json.dumps(numbers, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    found.recording.save(recording)
+    return [picture, text, recording]
+
+
 def figure(
     title: str,
     losses: dict[str, np.ndarray],
     norms: dict[str, np.ndarray],
     died: dict[str, int | None],
     guessing: float,
+    code: str,
 ) -> Figure:
-    """Above, the losses of up to six runs; below, for each, its gradient norms by layer and step.
+    """Above, the losses of up to seven runs; below, for each, its gradient norms by layer and step.
 
     Args:
       title: two lines at most.
@@ -84,25 +127,35 @@ def figure(
       norms: of each run, `(steps, layers)`.
       died: the first step that is not finite, counted from 1, or None.
       guessing: the loss of a network that knows nothing.
+      code: what was advised from the first run.
     """
-    made = Figure(figsize=(13, 11), dpi=130, layout="constrained")
+    made = Figure(figsize=(15, 11), dpi=130, layout="constrained")
     made.suptitle(title, fontsize=12)
-    grid = made.add_gridspec(3, 3, height_ratios=(1.25, 1, 1))
+    grid = made.add_gridspec(3, 4, height_ratios=(1.25, 1, 1))
     draw_losses(made.add_subplot(grid[0, :]), losses, died, guessing)
     edges = bins(len(next(iter(losses.values()))))
     largest = {name: np.maximum.reduceat(norm, edges[:-1] - 1, axis=0).T for name, norm in norms.items()}
     scale, places = colour_scale([largest[name] for name in norms if not died[name]]), []
     for k, name in enumerate(norms):
-        axes = made.add_subplot(grid[1 + k // 3, k % 3])
+        axes = made.add_subplot(grid[1 + k // 4, k % 4])
         draw_norms(axes, edges, largest[name], scale)
         axes.set_title(f"{name}: not finite from step {died[name]}" if died[name] else name, loc="left")
-        axes.set(xlabel="step" if k >= 3 else "", ylabel="layer (1 sees the scan)" if k % 3 == 0 else "")
+        axes.set(xlabel="step" if k >= 3 else "", ylabel="layer (1 sees the scan)" if k % 4 == 0 else "")
         places.append(axes)
+    draw_note(made.add_subplot(grid[2, 3]), code)
     label = "norm of a layer's gradient before clipping (largest where steps share a column)"
     made.colorbar(
         ScalarMappable(scale, "viridis"), ax=places, extend="both", label=label, aspect=40, pad=0.01
     )
     return made
+
+
+def draw_note(axes: Axes, code: str) -> None:
+    """Where the last policy comes from."""
+    lines = textwrap.wrap(code.replace("(", "( "), 36)  # it may break after a bracket
+    note = "\n".join(["advised from the recording", "of the run without clipping:", "", *lines])
+    axes.axis("off")
+    axes.text(0, 0.5, note.replace("( ", "("), va="center", fontsize=12, linespacing=1.4)
 
 
 def bins(steps: int) -> np.ndarray:
