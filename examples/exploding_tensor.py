@@ -116,7 +116,7 @@ def mean_loss(params: Params, batch: jax.Array, scale: jax.Array) -> jax.Array:
 def policies(setting: Setting, layers: int) -> dict[str, Policy]:
     """No clipping but a recording; and C for all, or C/√G for each of G layers.
 
-    Of 0.2, 0.4, 1, 2 and 4, a C of 1 ends at the lowest loss for both in the default setting.
+    Of 0.2, 0.4, 1 and 2, a C of 1 ends at the lowest loss for both in the default setting.
     """
     c = setting.limit
     each = f"{c / math.sqrt(layers):.2g}/layer"

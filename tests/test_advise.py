@@ -140,6 +140,10 @@ CASES = {
     "far too long": Case(
         noise(), "layerwise", "learning rate of 3 is the real problem", SGD(learning_rate=3.0), START
     ),
+    "scatter": Case(noise(sigma=2), "global", "a few steps do most of the way"),
+    "scattered steps too long": Case(
+        noise(sigma=2), "layerwise", "The longest step is", SGD(learning_rate=1e-3), START
+    ),
     "adam, spikes": Case(spiky(), "global", "a spike stays in its second moments", {"optimizer": "adam"}),
     "adam, scatter": Case(noise(sigma=2), "global", "norms scatter so much", {"optimizer": "adam"}),
     "adam, calm": Case(noise(), "none", "nothing would be gained", {"optimizer": "adam"}),

@@ -53,7 +53,8 @@ def advise(history: Any, budget: float, optimizer: str, learning_rate: float | N
     if optimizer == "adam":
         return _for_adam(case, said)
     if steps is not None:
-        far = found.spike & (found.whole > steps.limit)
+        beyond = found.ordinary if found.swollen >= rule.uneven else found.spike
+        far = (beyond | found.spike) & (found.whole > steps.limit)
         if steps.whole > steps.safe or steps.first >= rule.high or far.any() or found.ended:
             return _too_long(case, steps, said)
         said.append(_reasons.short_enough(found, steps))
@@ -66,13 +67,11 @@ def advise(history: Any, budget: float, optimizer: str, learning_rate: float | N
 def _for_adam(case: Case, said: list[str]) -> Advice:
     """Steps do not depend on the size of updates, only on how it changes."""
     found, rule = case.found, case.rule
-    with np.errstate(over="ignore"):
-        swollen = float(np.exp(found.spread**2))
-    if not (found.spike.any() or found.ended or swollen >= rule.uneven):
+    if not (found.spike.any() or found.ended or found.swollen >= rule.uneven):
         return _advised(case, "none", _advice.nothing(), [*said, _reasons.nothing_beyond(found)])
     values = found.whole[_typical(case)]
     limit = _advice.rounded(float(np.quantile(values, case.budget)) / rule.below)
-    return _globally(case, limit, [*said, _reasons.for_adam(found, limit, swollen, rule)])
+    return _globally(case, limit, [*said, _reasons.for_adam(found, limit, rule)])
 
 
 def _too_long(case: Case, steps: Lengths, said: list[str]) -> Advice:
@@ -151,6 +150,9 @@ def _beyond_the_ordinary(case: Case, said: list[str]) -> Advice:
     """What is beyond the ordinary is limited to what is not."""
     found, rule = case.found, case.rule
     if not found.spike.any() and not found.ended:
+        if found.swollen >= rule.uneven:
+            limit, within = _of_the_whole(case, 1 - case.budget)
+            return _globally(case, limit, [*said, _reasons.scattered(found, limit, case.budget)], within)
         return _advised(case, "none", _advice.nothing(), [*said, _reasons.nothing_beyond(found)])
     if found.ordinary.sum() < rule.least_steps:
         said = [*said, _reasons.few_ordinary(found)]

@@ -35,8 +35,8 @@ class Rule(NamedTuple):
         in one direction double the weights.
       of_weights: the norm of an update relative to the weights', where a run ended before there was more to
         go by: the factor of adaptive gradient clipping (Brock et al., 2021).
-      uneven: Adam divides by the root of the mean square of what came before. Where that is this many times
-        an ordinary norm, ordinary steps are shorter by a third.
+      uneven: norms scatter too much if the root of their mean square is this many times an ordinary norm.
+        Adam divides by it: ordinary steps are shorter by a third. With SGD a few steps do most of the way.
       below: a limit for Adam is this many times below ordinary norms, so that it still is when norms have
         fallen, as they do in training; being lower costs nothing.
       listed: the number of groups whose names and limits still make a line of code one can read.
@@ -111,6 +111,12 @@ class Evidence(NamedTuple):
         """Which steps are neither spikes nor part of what goes on at the start or towards the end."""
         return self.calm & ~self.spike & ~self.settling
 
+    @property
+    def swollen(self) -> float:
+        """The root of the mean square of norms over an ordinary one, if their logarithms are normal."""
+        with np.errstate(over="ignore"):
+            return float(np.exp(self.spread**2))
+
 
 def evidence(history: Any, rule: Rule) -> Evidence:
     """Weighs a `History`, whose rows are the groups that advice is asked about."""
@@ -163,13 +169,14 @@ def _spikes(norms: np.ndarray, rule: Rule) -> Spikes:
 def _calm(whole: np.ndarray, rule: Rule) -> tuple[np.ndarray, float]:
     """Which steps came before the growth that ended in a norm that is not finite, and how fast that was.
 
-    The growth begins after the last step whose norm is no more than `factor` times the median of all norms
-    up to it.
+    The growth begins after the last step whose norm is no more than `factor` times the median of those
+    before it.
     """
     calm = np.zeros(len(whole), bool)
     if not len(whole):
         return calm, 0.0
-    last = int(np.flatnonzero(whole <= rule.factor * _medians(whole))[-1])  # the first step always is
+    before = np.concatenate([whole[:1], _medians(whole)[:-1]])
+    last = int(np.flatnonzero(whole <= rule.factor * before)[-1])
     calm[: last + 1] = True
     steps = len(whole) - 1 - last
     doublings = np.log2(whole[-1]) - np.log2(whole[last]) if steps else 0.0

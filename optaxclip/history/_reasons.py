@@ -52,9 +52,12 @@ def seen(history: Any, found: Evidence, steps: Lengths | None) -> list[str]:
     said, ordinary = [], found.whole[found.ordinary]
     if len(ordinary):
         low, high = np.quantile(ordinary, [0.05, 0.95])
+        norms = (
+            f"nine of ten have norms from {low:.3g} to {high:.3g}" if low < high else f"its norm is {low:.3g}"
+        )
         said.append(
-            f"{len(ordinary)} of {_count(len(history), 'recorded step is', 'recorded steps are')} ordinary: "
-            f"nine of ten have norms from {low:.3g} to {high:.3g}."
+            f"{len(ordinary)} of {_count(len(history), 'recorded step', 'recorded steps')} "
+            f"{'is' if len(ordinary) == 1 else 'are'} ordinary: {norms}."
         )
     if found.spike.any():
         said.append(_spikes_seen(found))
@@ -129,15 +132,16 @@ def short_enough(found: Evidence, steps: Lengths) -> str:
     )
 
 
-def for_adam(found: Evidence, limit: float, swollen: float, rule: Rule) -> str:
+def for_adam(found: Evidence, limit: float, rule: Rule) -> str:
     """Why Adam gets a limit below nearly all norms."""
     why = "a spike stays in its second moments, and shortens the steps that follow"
     end = ""
     if found.ended:
         end = " It makes no step shorter: if the run ends again, the learning rate is the real problem."
-    if not found.spike.any() and not found.ended and swollen >= rule.uneven:
+    if not found.spike.any() and not found.ended and found.swollen >= rule.uneven:
         why = (
-            f"norms scatter so much that the root of their mean square is {swollen:.2g} times an ordinary one"
+            f"norms scatter so much that the root of their mean square is {found.swollen:.2g} times an "
+            "ordinary one"
         )
     return (
         f"Adam's steps do not depend on the size of updates, only on how it changes, and {why}. A limit "
@@ -183,6 +187,14 @@ def all_too_long(found: Evidence, steps: Lengths, rule: Rule) -> str:
         f"{which} {length:.2g} times as long as the weights, and {steps.safe:.2g} is safe.{blame} Each layer "
         "is held to that, relative to its own weights: a limit on the whole would let one layer use it up "
         "for all."
+    )
+
+
+def scattered(found: Evidence, limit: float, budget: float) -> str:
+    """Why there is a limit without spikes."""
+    return (
+        f"Norms scatter so much that the root of their mean square is {found.swollen:.2g} times an ordinary "
+        f"one: a few steps do most of the way. {_percent(1 - budget)} of the norms stay below {limit:g}."
     )
 
 
