@@ -365,3 +365,25 @@ def test_nothing_but_looking_needs_rich_or_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "rich", None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert str(spiky()).startswith("Norms (l2) of 4 groups, 200 updates, 0 to 199")
+
+
+def test_little_of_a_dead_run_is_drawn():
+    """What came before its end would be lost among updates that are not finite."""
+    norms = np.concatenate([np.ones((30, 2)), np.full((2_000, 2), np.nan)])
+    history = oc.History(["a", "b"], norms, loss=np.arange(len(norms)))
+    limit = np.linspace(1, 2, len(norms))
+    figure = history.plot({"schedule": limit, "fixed": 2.0})
+    figure.draw_without_rendering()
+    axes = next(axes for axes in figure.axes if axes.get_xlabel().startswith("update"))
+    assert axes.get_xlim()[1] < 45
+    assert "2,030 updates, 0 to 2,029; drawn are 40" in figure.get_suptitle()
+
+
+def test_an_advice_relative_to_weights_is_drawn_without_their_norms():
+    """By what its limits are at the start."""
+    norms = np.exp(0.1 * np.random.default_rng(0).standard_normal((200, 20)))
+    noisy = oc.History([f"layer_{k}/kernel" for k in range(20)], norms, start=np.ones(20))
+    advice = noisy.advise(optimizer="sgd", learning_rate=0.1)
+    assert "relative" in advice.code
+    noisy.plot(advice=advice).draw_without_rendering()
+    assert advice.replay(noisy).clipped == 1

@@ -2,7 +2,7 @@
 
 import dataclasses
 import textwrap
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import optax
@@ -13,6 +13,7 @@ from optaxclip._named import clip_by_groupwise_norm
 from optaxclip._rescale import rescale_by_norm
 from optaxclip.history._compare import Comparison
 from optaxclip.history._expressed import LAYER, LEAF, WHOLE, Grouping, norm_code
+from optaxclip.history._replay import Replay
 from optaxclip.history._rows import norm_called
 
 LARGEST = 3.4e38  # float32 ends just above
@@ -60,6 +61,25 @@ class Advice:
     reasons: tuple[str, ...]
     comparison: Comparison | None
     _made: optax.GradientTransformation = dataclasses.field(repr=False)
+    _at_start: np.ndarray | None = dataclasses.field(default=None, repr=False)
+
+    def replay(self, history: Any) -> Replay:
+        """What the advice would have done to a recording.
+
+        A limit in proportion to the weights stands at what it is at the start, so that their norms need not
+        have been recorded.
+
+        Args:
+          history: the `History` it came from, or another one of the same rows.
+
+        Raises:
+          TypeError: if the policy is `"none"` or `"undecided"`.
+        """
+        if self.groups is None:
+            raise TypeError(f"Advice.replay: the advice is {self.policy!r}, which is no policy to replay.")
+        if self._at_start is None:
+            return history.replay(self._made)
+        return history.replay(self._at_start, self.groups)
 
     def transformation(self) -> optax.GradientTransformation:
         """What the code makes: a transformation to put first in `optax.chain`."""

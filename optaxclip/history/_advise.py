@@ -1,5 +1,6 @@
 """The rule behind `History.advise`, from evidence to a policy and a limit; `docs/choosing.md` explains it."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,9 +92,9 @@ def _too_long(case: Case, steps: Lengths, said: list[str]) -> Advice:
             steps.safe / steps.rate, float(limits.min()) * steps.rate / steps.safe
         )
     chosen = _advice.clipping(limit, code, by, case.history.norm)
-    replayed = case.history.replay(np.minimum(limits, _advice.LARGEST).astype(np.float32), by.groups)
+    at_start = np.minimum(limits, _advice.LARGEST).astype(np.float32)
     said = [*said, _reasons.all_too_long(case.found, steps, case.rule)]
-    return _advised(case, "layerwise", chosen, said, replayed=replayed)
+    return _advised(case, "layerwise", chosen, said, at_start=at_start)
 
 
 def _layers_to_blame(case: Case, steps: Lengths) -> np.ndarray | None:
@@ -252,16 +253,19 @@ def _advised(
     chosen: Chosen,
     said: list[str],
     within: tuple[float, float] | None = None,
-    replayed: Any = None,
+    at_start: np.ndarray | None = None,
 ) -> Advice:
-    comparison = None
-    if case.found.ordinary.sum() >= case.rule.least_steps:
-        beside = {} if policy == "none" else {f"advised: {policy}": replayed or chosen.transformation}
-        comparison = case.history.compare(beside | _candidates(case))
-        if case.optimizer != "adam":
-            said = [*said, *_reasons.beside_others(comparison, policy)]
     made = chosen.transformation
-    return Advice(policy, chosen.groups, chosen.limit, within, chosen.code, tuple(said), comparison, made)
+    advice = Advice(
+        policy, chosen.groups, chosen.limit, within, chosen.code, tuple(said), None, made, at_start
+    )
+    if case.found.ordinary.sum() < case.rule.least_steps:
+        return advice
+    beside = {} if policy == "none" else {f"advised: {policy}": advice.replay(case.history)}
+    comparison = case.history.compare(beside | _candidates(case))
+    if case.optimizer != "adam":
+        said = [*said, *_reasons.beside_others(comparison, policy)]
+    return dataclasses.replace(advice, reasons=tuple(said), comparison=comparison)
 
 
 def _candidates(case: Case) -> dict[str, Any]:

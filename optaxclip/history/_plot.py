@@ -10,6 +10,8 @@ from optaxclip.history._panels import Counted, Mark, Shown
 from optaxclip.history._tables import heading, number, printable
 from optaxclip.history._thin import thin
 
+TAIL = 10  # updates that are drawn of a run after its end
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
 def figure(history: Any, limits: Any = None, advice: Any = None) -> "Figure":
     """All four panels."""
     made = _figure((14.5, 9.5))
-    made.suptitle(heading(history), fontsize=12)
+    count = _worth_drawing(history)
+    rest = "" if count == len(history) else f"; drawn are {count:,}, since no later one is finite"
+    made.suptitle(heading(history) + rest, fontsize=12)
     drawn = panels(history, limits, advice)
     if not drawn:
         made.text(0.5, 0.5, "Nothing was recorded.", ha="center")
@@ -53,8 +57,29 @@ def panels(history: Any, limits: Any, advice: Any) -> "list[Callable[[Axes], Non
     marks = given(limits, len(history))
     if not history.norms.size:
         return []
+    count = _worth_drawing(history)
+    if count < len(history):
+        history = _first(history, count)
+        marks = [mark._replace(value=mark.value[:count]) if mark.value.ndim else mark for mark in marks]
     shown = _shown(history, marks, advice)
     return [lambda axes, draw=draw: draw(axes, shown) for draw in _panels.ALL]
+
+
+def _worth_drawing(history: Any) -> int:
+    """How many updates to draw: of a run that went on after it was dead, little more than the live part."""
+    finite = np.flatnonzero(np.isfinite(history.whole))
+    if not len(finite):
+        return len(history)
+    end = int(finite[-1]) + 1
+    return min(len(history), end + max(TAIL, end // 10))
+
+
+def _first(history: Any, count: int) -> Any:
+    """The first updates of a recording."""
+    cut = {key: getattr(history, key) for key in ("steps", "loss", "params")}
+    cut = {key: None if value is None else value[:count] for key, value in cut.items()}
+    same = {key: getattr(history, key) for key in ("start", "sizes", "run")}
+    return type(history)._of(history.rows, history.norms[:count], history.norm, **cut, **same)
 
 
 def given(limits: Any, updates: int) -> list[Mark]:
@@ -82,7 +107,7 @@ def _shown(history: Any, limits: list[Mark], advice: Any) -> Shown:
     if advice is None or advice.policy in ("none", "undecided"):
         return shown
     interval = None if advice.interval is None else tuple(map(float, advice.interval))
-    found = history.replay(advice.transformation())
+    found = advice.replay(history)
     if advice.policy == "global":
         limit = found.limit[:, 0]
         same = np.ptp(limit) == 0

@@ -80,9 +80,10 @@ def _spikes_seen(found: Evidence) -> str:
         return head
     most = int(found.shares.argmax())
     return (
-        f"{head} Of what is above the ordinary in them {_percent(found.shares[most])} is in "
-        f"{found.names[most]!r}; in effect it is spread over {found.effective:.1f} of {len(found.names)} "
-        f"rows. In a typical one {_percent(found.together)} of the rows are far above their own level."
+        f"{head} Of what is above the ordinary in {'it' if number == 1 else 'them'} "
+        f"{_percent(found.shares[most])} is in {found.names[most]!r}; in effect it is spread over "
+        f"{found.effective:.1f} of {len(found.names)} rows. In {'it' if number == 1 else 'a typical one'} "
+        f"{_percent(found.together)} of the rows are far above their own level."
     )
 
 
