@@ -113,7 +113,7 @@ def of_state(
             f"{where}: {len(states) or 'no'} RecordState in a state of type {type(opt_state).__name__}. "
             "Pass the state of an optimizer with one oc.record() in it, or the RecordState itself."
         )
-    state: RecordState = jax.device_get(states[0])
+    state = _fetched(where, states[0])
     rows, table = rows_of(groups, params)
     if len(rows) != len(state.start):
         raise ValueError(
@@ -132,6 +132,26 @@ def of_state(
         "run": run_of(state),
     }
     return rows, np.asarray(state.norm)[kept], given
+
+
+def _fetched(where: str, state: RecordState) -> RecordState:
+    """The state in NumPy. Nothing is gathered: all processes would have to take part, and one may ask."""
+    try:
+        return jax.device_get(state)
+    except RuntimeError as error:
+        split = [
+            jax.tree_util.keystr(path, simple=True, separator=".")
+            for path, x in jax.tree.leaves_with_path(state)
+            if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+        ]
+        if not split:
+            raise
+        raise ValueError(
+            f"{where}: {_checks.listed(split)} of the RecordState are split over the devices of several "
+            "processes. Keep them whole on every device, or pass what "
+            "jax.experimental.multihost_utils.process_allgather(state, tiled=True) returns, called in all "
+            "processes."
+        ) from error
 
 
 def first_nonfinite(history: Any) -> FirstNonfinite | None:

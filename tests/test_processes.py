@@ -1,0 +1,135 @@
+"""Several processes, each with CPU devices of its own, train one model and go on from one checkpoint."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import processes
+import pytest
+
+LIMIT = 120  # seconds after which a run hangs; it takes about five
+WORKER = Path(processes.__file__)
+ROOT = WORKER.parents[1]
+
+
+@contextlib.contextmanager
+def reserved_port():
+    """A free port. Until the end it stays bound, so that nobody else is given it; gRPC may listen on it."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+@contextlib.contextmanager
+def started(folder, job):
+    """One process, its output in a file; it does not outlive the block."""
+    with (folder / f"{job.rank}.log").open("wb") as log:
+        child = subprocess.Popen(
+            [sys.executable, WORKER, json.dumps(job._asdict())],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ
+            | {
+                "JAX_PLATFORMS": "cpu",
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            },
+        )
+        try:
+            yield child
+        finally:
+            child.kill()
+            child.wait()
+
+
+def run(folder, count, devices, **options):
+    """The exit codes of all processes when all are done or one has failed; None of those that still ran."""
+    folder.mkdir()
+    with contextlib.ExitStack() as stack:
+        port = stack.enter_context(reserved_port())
+        jobs = [
+            processes.Job(rank, count, port, devices, str(folder / f"{rank}.npz"), **options)
+            for rank in range(count)
+        ]
+        children = [stack.enter_context(started(folder, job)) for job in jobs]
+        deadline = time.monotonic() + LIMIT
+        while not any(child.poll() for child in children) and any(child.poll() is None for child in children):
+            if time.monotonic() > deadline:
+                pytest.fail(f"{count} processes do not end within {LIMIT} s.\n{output(folder)}")
+            time.sleep(0.05)
+        codes = [child.poll() for child in children]
+    said = output(folder)
+    if any(codes) and "make_gloo_tcp_collectives" in said:
+        pytest.skip(f"JAX has no gloo collectives here: {said.strip().splitlines()[-1]}")
+    return codes
+
+
+def output(folder):
+    """What all processes of a run printed."""
+    logs = sorted(folder.glob("*.log"))
+    return "\n".join(f"--- {log.stem}\n{log.read_text(errors='replace')}" for log in logs)
+
+
+def results(folder, count, devices, **options):
+    """The numbers of each process of a run that ends well."""
+    codes = run(folder, count, devices, **options)
+    assert codes == [0] * count, output(folder)
+    found = []
+    for rank in range(count):
+        with np.load(folder / f"{rank}.npz") as file:
+            found.append(dict(file))
+    return found
+
+
+def assert_same(found, expected):
+    """Up to rounding: each number of devices adds up the gradients of the batch in an order of its own.
+
+    Eight updates of that come to six units in the last place, and sixteen are allowed; of AdamW's mean
+    gradients, in which terms cancel, that is of the largest entry.
+    """
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        largest = np.abs(value).max() if ".mu[" in name else 0
+        np.testing.assert_allclose(found[name], value, rtol=2e-6, atol=2e-6 * largest, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The numbers of one process with one device, never interrupted."""
+    trainer = processes.Trainer(jax.devices("cpu")[:1])
+    with jax.numpy_dtype_promotion("standard"):  # optax.adamw needs it
+        return trainer.results(*trainer.steps(*trainer.start(), range(processes.STEPS)))
+
+
+@pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
+def test_processes_together_get_what_one_gets(count, devices, expected, tmp_path):
+    """Parameters, state, recording and metrics do not depend on how many processes train, and all see them.
+
+    Of a recording that the user has split over processes, History says so, and how to put it together.
+    """
+    assert expected["clip/clipped_fraction/whole"] > 0
+    for found in results(tmp_path / "run", count, devices):
+        complaint = str(found.pop("complaint"))
+        assert complaint.startswith("History.from_state: 'norm' of the RecordState")
+        assert "process_allgather(state, tiled=True)" in complaint
+        assert_same(found, expected)
+
+
+def test_a_killed_run_goes_on_with_other_devices(expected, tmp_path):
+    """From a checkpoint of four processes, two go on, or one, with the numbers of a run left in peace."""
+    checkpoint = str(tmp_path / "checkpoint")
+    codes = run(tmp_path / "killed", 4, 1, checkpoint=checkpoint, part="killed")
+    assert codes[-1] == -signal.SIGKILL, output(tmp_path / "killed")
+    assert 0 not in codes
+    for count in (2, 1):
+        for found in results(tmp_path / f"rest of {count}", count, 1, checkpoint=checkpoint, part="rest"):
+            del found["complaint"]
+            assert_same(found, expected)
