@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import optaxclip as oc
 
 STEPS, SAVED, KILLED = 8, 4, 6  # updates in a run, before its checkpoint, and before it is killed
-SPIKES = {3: 30.0, 6: 100.0}  # one before the checkpoint, one after it
+SPIKES = {3: 30.0, 7: 100.0}  # one before the checkpoint, and the last update
 SHAPES = {
     "dense": {"kernel": (8, 16), "bias": (16,)},
     "head": {"kernel": (16, 4), "scale": ()},
@@ -136,14 +137,16 @@ class Trainer:
         named, _ = jax.tree.flatten_with_path(jax.device_get(whole))
         return seen | {jax.tree_util.keystr(path): x for path, x in named}
 
-    def complaint(self, params, state):
-        """What History says to a recording whose norms are split over the devices."""
+    def split(self, params, state):
+        """What History says to norms that are split over devices, and which it reads once they are whole."""
         norm = jax.jit(lambda x: x, out_shardings=self.batched)(state[0].norm)
+        split = state[0]._replace(norm=norm)
         try:
-            oc.History.from_state(state[0]._replace(norm=norm), params)
+            said = str(oc.History.from_state(split, params))
         except ValueError as error:
-            return str(error)
-        return "nothing"
+            said = str(error)
+        whole = multihost_utils.process_allgather(split, tiled=True)
+        return {"said": said, "whole": oc.History.from_state(whole, params).norms}
 
 
 def save(folder, tree):
@@ -182,7 +185,7 @@ def main():
         jax.distributed.initialize(f"127.0.0.1:{job.port}", job.processes, job.rank)
     trainer = Trainer(jax.devices())
     found = train(trainer, job)
-    np.savez(job.results, complaint=trainer.complaint(*found), **trainer.results(*found))
+    np.savez(job.results, **trainer.split(*found), **trainer.results(*found))
     if job.processes > 1:
         jax.distributed.shutdown()
 

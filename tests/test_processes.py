@@ -17,7 +17,14 @@ import pytest
 
 LIMIT = 120  # seconds after which a run hangs; it takes about five
 WORKER = Path(processes.__file__)
-ROOT = WORKER.parents[1]
+PATHS = [str(WORKER.parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "PYTHONPATH": os.pathsep.join(filter(None, PATHS)),
+    "no_proxy": "127.0.0.1",  # gRPC would look for the first process behind a proxy
+}
+
+pytestmark = pytest.mark.skipif(not hasattr(socket, "SO_REUSEPORT"), reason="needs ports as POSIX has them")
 
 
 @contextlib.contextmanager
@@ -37,11 +44,7 @@ def started(folder, job):
             [sys.executable, WORKER, json.dumps(job._asdict())],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ
-            | {
-                "JAX_PLATFORMS": "cpu",
-                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            },
+            env=os.environ | ENVIRONMENT,
         )
         try:
             yield child
@@ -89,16 +92,16 @@ def results(folder, count, devices, **options):
     return found
 
 
-def assert_same(found, expected):
+def assert_same(found, expected, rtol=1e-6):
     """Up to rounding: each number of devices adds up the gradients of the batch in an order of its own.
 
-    Eight updates of that come to six units in the last place, and sixteen are allowed; of AdamW's mean
-    gradients, in which terms cancel, that is of the largest entry.
+    What has one number for each entry, in which terms cancel, is as right as its largest entry.
     """
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        largest = np.abs(value).max() if ".mu[" in name else 0
-        np.testing.assert_allclose(found[name], value, rtol=2e-6, atol=2e-6 * largest, err_msg=name)
+        entries = name.startswith(("['params']", "['state'][2]"))  # of parameters, and of AdamW's moments
+        largest = np.abs(value).max() if entries else 0
+        np.testing.assert_allclose(found[name], value, rtol=rtol, atol=rtol * largest, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +116,14 @@ def expected():
 def test_processes_together_get_what_one_gets(count, devices, expected, tmp_path):
     """Parameters, state, recording and metrics do not depend on how many processes train, and all see them.
 
-    Of a recording that the user has split over processes, History says so, and how to put it together.
+    Of a recording that is split over processes, History says so, and how to put it together.
     """
-    assert expected["clip/clipped_fraction/whole"] > 0
+    assert expected["clip/factor/whole"] < 0.5  # the limit that was learned is what the last update is cut to
     for found in results(tmp_path / "run", count, devices):
-        complaint = str(found.pop("complaint"))
-        assert complaint.startswith("History.from_state: 'norm' of the RecordState")
-        assert "process_allgather(state, tiled=True)" in complaint
+        said, whole = str(found.pop("said")), found.pop("whole")
+        assert said.startswith("History.from_state: 'norm' in the RecordState is split over the devices of")
+        assert "process_allgather(state, tiled=True)" in said
+        np.testing.assert_array_equal(whole, found["history/norms"])
         assert_same(found, expected)
 
 
@@ -131,5 +135,5 @@ def test_a_killed_run_goes_on_with_other_devices(expected, tmp_path):
     assert 0 not in codes
     for count in (2, 1):
         for found in results(tmp_path / f"rest of {count}", count, 1, checkpoint=checkpoint, part="rest"):
-            del found["complaint"]
+            del found["said"], found["whole"]
             assert_same(found, expected)

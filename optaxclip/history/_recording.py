@@ -147,10 +147,9 @@ def _fetched(where: str, state: RecordState) -> RecordState:
         if not split:
             raise
         raise ValueError(
-            f"{where}: {_checks.listed(split)} of the RecordState are split over the devices of several "
-            "processes. Keep them whole on every device, or pass what "
-            "jax.experimental.multihost_utils.process_allgather(state, tiled=True) returns, called in all "
-            "processes."
+            f"{where}: {_checks.listed(split)} in the RecordState {'is' if len(split) == 1 else 'are'} split "
+            "over the devices of several processes. Keep the state whole on every device; or pass, in all "
+            "processes, jax.experimental.multihost_utils.process_allgather(state, tiled=True)."
         ) from error
 
 
