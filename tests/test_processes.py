@@ -17,11 +17,11 @@ import pytest
 
 LIMIT = 120  # seconds after which a run hangs; it takes about five
 WORKER = Path(processes.__file__)
-PATHS = [str(WORKER.parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-ENVIRONMENT = {
+# gRPC would look for the first process behind a proxy.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+ENVIRONMENT |= {
     "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": os.pathsep.join(filter(None, PATHS)),
-    "no_proxy": "127.0.0.1",  # gRPC would look for the first process behind a proxy
+    "PYTHONPATH": os.pathsep.join([str(WORKER.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]),
 }
 
 pytestmark = pytest.mark.skipif(not hasattr(socket, "SO_REUSEPORT"), reason="needs ports as POSIX has them")
@@ -44,7 +44,7 @@ def started(folder, job):
             [sys.executable, WORKER, json.dumps(job._asdict())],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | ENVIRONMENT,
+            env=ENVIRONMENT,
         )
         try:
             yield child
