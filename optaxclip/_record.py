@@ -186,7 +186,7 @@ def _recorded(
     met = jnp.any(state.first >= 0)
     state = state._replace(
         norm=_put(state.norm, norm, state.step),
-        loss=_put(state.loss, loss, state.step),
+        loss=_put(state.loss, _mesh.replicate(loss, norm), state.step),
         histogram=_counted(state.histogram, norm),
         largest=jnp.where(larger, norm, state.largest),
         largest_step=jnp.where(larger, state.step, state.largest_step),

@@ -608,3 +608,14 @@ def test_recording_in_a_sharded_scan(kind):
     for field in ("norms", "loss", "params", "start"):
         assert_same(getattr(found, field), getattr(expected, field), rtol=1e-5)
     assert found.first_nonfinite() == expected.first_nonfinite()
+
+
+@pytest.mark.parametrize("kind", MESHES)
+def test_a_recording_begun_outside_the_mesh_goes_on_inside(kind):
+    """A state from init outside jit and outside set_mesh is taken inside, with a loss or without."""
+    tx, params = oc.record(capacity=2, stretches=2), put(PARAMS, mesh_of(kind), LAYOUTS["mixed"])
+    state = tx.init(params)
+    for loss in ({}, {"value": 0.5}):
+        with jax.set_mesh(mesh_of(kind)):
+            found = jax.jit(lambda g, s, loss=loss: tx.update(g, s, **loss)[1])(params, state)
+        assert_same(found.norm, tx.update(PARAMS, tx.init(PARAMS))[1].norm)
