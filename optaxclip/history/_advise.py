@@ -94,6 +94,8 @@ def _too_long(case: Case, steps: Lengths, said: list[str]) -> Advice:
     chosen = _advice.clipping(limit, code, by, case.history.norm)
     at_start = np.minimum(limits, _advice.LARGEST).astype(np.float32)
     said = [*said, _reasons.all_too_long(case.found, steps, case.rule)]
+    if len(limits) > case.rule.listed:
+        said.append(_reasons.in_proportion())
     return _advised(case, "layerwise", chosen, said, at_start=at_start)
 
 

@@ -191,6 +191,11 @@ def all_too_long(found: Evidence, steps: Lengths, rule: Rule) -> str:
     )
 
 
+def in_proportion() -> str:
+    """What limits relative to weights ask for."""
+    return "The limits are in proportion to each layer's weights: pass params to the optimizer's update."
+
+
 def scattered(found: Evidence, limit: float, budget: float) -> str:
     """Why there is a limit without spikes."""
     return (
