@@ -28,7 +28,7 @@ class Network(NamedTuple):
     source: str
 
 
-# NCCL's own model for its tree of low latency: baseLat 6.8, hwLat 0.6 (NVLink) and 5.0 (network), in us.
+# NCCL's own model of its tree, protocol LL: baseLat 6.8, hwLat 0.6 (NVLink) and 5.0 (network), in us.
 GPU = Network(
     "GPU, NVLink and InfiniBand",
     start=6.8,
@@ -37,7 +37,7 @@ GPU = Network(
     node=8,
     bandwidth=50e3,  # 400 Gb/s, one network card for each GPU
     largest=10**9,
-    source="NCCL, src/graph/tuning.cc; its numbers also in PyTorch's torch/_inductor/comm_analysis.py",
+    source="formula: NCCL, src/graph/tuning.cc; numbers: PyTorch, torch/_inductor/comm_analysis.py",
 )
 # About 1 us per hop, and 9e10 B/s in each direction of a link, on the three axes of a torus.
 TPU = Network(
@@ -48,7 +48,7 @@ TPU = Network(
     node=0,
     bandwidth=180e3,
     largest=8960,
-    source="Austin et al., How to Scale Your Model, 2025, chapter 3",
+    source="Austin et al., How to Scale Your Model, 2025, chapters 2 and 3",
 )
 NETWORKS = {"gpu": GPU, "tpu": TPU}
 
