@@ -574,7 +574,7 @@ ERRORS = [
             GRADS, oc.skip_updates(SGD, jnp.ones(3)).init(GRADS)
         ),
         ValueError,
-        "skip_updates: limit has shape (3,) for 1 rows of groups, 'whole'. Pass one number, or one for each row.",
+        "skip_updates: limit has shape (3,) for 1 rows of groups, 'whole'. Pass one number, or one for each",
     ),
     (
         lambda: oc.skip_updates(SGD, oc.limits.relative(0.1)).update(
