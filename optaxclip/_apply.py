@@ -29,6 +29,11 @@ class Options(NamedTuple):
     axis_name: tuple[str, ...]
 
 
+def names_of(axis_name: AxisName) -> tuple[str, ...]:
+    """The mesh axes that the public argument names."""
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+
+
 def checked(
     where: str, groups: Any, norm: Any, response: Any, eps: Any, nonfinite: Any, axis_name: AxisName
 ) -> Options:
@@ -38,9 +43,8 @@ def checked(
     _checks.spec(where, Response, response=response)
     _checks.nonnegative(where, eps=eps)
     _checks.one_of(where, ("propagate", "zero"), nonfinite=nonfinite)
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
     (eps,) = _checks.real(eps)
-    return Options(groups, norm, response, eps, nonfinite, names)
+    return Options(groups, norm, response, eps, nonfinite, names_of(axis_name))
 
 
 class Applied(NamedTuple):
@@ -127,7 +131,7 @@ def table_of(part: Partition, options: Options) -> Table:
     for leaf, place in zip(part.leaves, part.places, strict=True):
         if place is not None and place.measured:
             count = math.prod(leaf.shape[axis] for axis in place.axes)
-            devices = _mesh.axis_size(_mesh.split_axes(leaf, options.axis_name))
+            devices = _mesh.devices(leaf, options.axis_name)
             sizes[place.first : place.first + count] += leaf.size // count * devices
     return part.table._replace(sizes=sizes)
 

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import groups as _groups
-from optaxclip._apply import AxisName
+from optaxclip import _mesh, groups as _groups
+from optaxclip._apply import AxisName, names_of
 from optaxclip._base import Leaf, PyTree
 from optaxclip._partition import is_grouped, named_leaves, partition
 from optaxclip._read import times, widen
-from optaxclip._walk import across, devices, names_of, number, real_dtype, together
+from optaxclip._walk import across, number, real_dtype, together
 
 Axes = int | Sequence[int]
 
@@ -103,7 +103,7 @@ def centralize(
         for k, (leaf, path, place) in enumerate(zip(part.leaves, part.paths, part.places, strict=True)):
             axes = () if place is None else axes_of(Leaf(path, (), leaf))
             count = math.prod(leaf.shape[a] for a in axes)
-            count *= devices(leaf, names) if axes else 1
+            count *= _mesh.devices(leaf, names) if axes else 1
             if count > 1:
                 chosen[k] = _Unit(widen(leaf, real_dtype(leaf)), axes, count)
         totals = across(jax.lax.psum, {k: unit.total() for k, unit in chosen.items()}, part.leaves, names)

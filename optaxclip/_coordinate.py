@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip import _checks, groups as _groups
-from optaxclip._apply import AxisName
+from optaxclip import _checks, _mesh, groups as _groups
+from optaxclip._apply import AxisName, names_of
 from optaxclip._base import PyTree
 from optaxclip._learning import power_mean
 from optaxclip._partition import partition
@@ -18,8 +18,6 @@ from optaxclip._walk import (
     count,
     counted,
     counters,
-    devices,
-    names_of,
     number,
     real_dtype,
     rest,
@@ -318,7 +316,7 @@ def adaptive_value_clip(
             made[k], over[k] = _to_limit(part.leaves[k], peak[row], bound[row])
         over = across(jax.lax.psum, over, part.leaves, names)
         clipped = jnp.stack([over[k] for k in order])
-        entries = sum(part.leaves[k].size * devices(part.leaves[k], names) for k in rows)
+        entries = sum(part.leaves[k].size * _mesh.devices(part.leaves[k], names) for k in rows)
         return together(part, made), AdaptiveValueClipState(
             step=step,
             limit=limit,

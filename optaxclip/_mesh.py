@@ -61,6 +61,11 @@ def axis_size(axes: frozenset[str]) -> int:
     return size
 
 
+def devices(x: jax.Array, axis_name: Sequence[str]) -> int:
+    """How many devices hold a part of a leaf, along the axes named."""
+    return axis_size(split_axes(x, axis_name))
+
+
 def has_mesh(x: jax.Array) -> bool:
     """Whether a value's type carries a mesh: then it must not be merged with others."""
     sharding = getattr(jax.typeof(x), "sharding", None)

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 
 from optaxclip import _checks, _mesh
-from optaxclip._apply import AxisName
 from optaxclip._base import Groups, Leaf, PyTree
 from optaxclip._partition import Partition, is_grouped, named_leaves, partition
 from optaxclip._read import widen
@@ -127,16 +126,6 @@ def across(
             parts = jnp.split(reduce(flat, tuple(sorted(split))).ravel(), ends)
             found |= {k: x.reshape(values[k].shape) for k, x in zip(own, parts, strict=True)}
     return found
-
-
-def names_of(axis_name: AxisName) -> tuple[str, ...]:
-    """The mesh axes that the public argument names."""
-    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
-
-
-def devices(leaf: jax.Array, axis_name: Sequence[str]) -> int:
-    """How many devices hold a part of a leaf, along the axes named."""
-    return _mesh.axis_size(_mesh.split_axes(leaf, axis_name))
 
 
 def together(part: Partition, made: Mapping[int, jax.Array]) -> PyTree:

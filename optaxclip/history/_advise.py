@@ -88,9 +88,7 @@ def _too_long(case: Case, steps: Lengths, said: list[str]) -> Advice:
     if len(limits) <= case.rule.listed:
         limit, code = _advice.each(dict(zip(map(called, steps.layers), limits, strict=True)))
     else:
-        limit, code = _advice.in_proportion(
-            steps.safe / steps.rate, float(limits.min()) * steps.rate / steps.safe
-        )
+        limit, code = _advice.in_proportion(steps.safe / steps.rate, float(steps.scale.min()))
     chosen = _advice.clipping(limit, code, by, case.history.norm)
     at_start = np.minimum(limits, _advice.LARGEST).astype(np.float32)
     said = [*said, _reasons.all_too_long(case.found, steps, case.rule)]

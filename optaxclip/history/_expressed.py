@@ -30,9 +30,9 @@ def plain(history: Any) -> Any:
     """
     if history.norm == "rms":
         root = np.sqrt(history.sizes)
-        given = {key: getattr(history, key) for key in ("steps", "loss", "params", "start", "sizes", "run")}
-        given |= {k: given[k] * root for k in ("params", "start") if given[k] is not None}
-        history = type(history)._of(history.rows, history.norms * root, "l2", **given)
+        given = {key: getattr(history, key) for key in ("norms", "params", "start")}
+        lengths = {key: None if value is None else value * root for key, value in given.items()}
+        history = history._with(norm="l2", **lengths)
     if not any(row.at for row in history.rows):
         return history
     return next(h for h in (coarser(history, by) for by in (LEAF, LAYER, WHOLE)) if h is not None)

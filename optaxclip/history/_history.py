@@ -107,6 +107,11 @@ class History:
         new.__dict__.update(fields(rows, norms, norm, **given))
         return new
 
+    def _with(self, **changed: Any) -> "History":
+        """The recording of the same rows with some attributes changed."""
+        keys = ("norms", "norm", "steps", "loss", "params", "start", "sizes", "run")
+        return self._of(self.rows, **{key: getattr(self, key) for key in keys} | changed)
+
     @classmethod
     def from_state(
         cls,

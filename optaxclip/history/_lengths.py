@@ -36,13 +36,17 @@ class Lengths(NamedTuple):
     rate: float
 
     @property
-    def limits(self) -> Float[np.ndarray, "layers"]:
-        """The norm of each layer's update whose step is as long as is safe.
+    def scale(self) -> Float[np.ndarray, "layers"]:
+        """What each layer's step is held against: the norm of its weights.
 
         Layers whose weights start from zero get the median of the others: nothing is known of them.
         """
-        weights = np.where(self.weights > 0, self.weights, np.median(self.weights[self.weights > 0]))
-        return self.safe * weights / self.rate
+        return np.where(self.weights > 0, self.weights, np.median(self.weights[self.weights > 0]))
+
+    @property
+    def limits(self) -> Float[np.ndarray, "layers"]:
+        """The norm of each layer's update whose step is as long as is safe."""
+        return self.safe * self.scale / self.rate
 
     @property
     def limit(self) -> float:

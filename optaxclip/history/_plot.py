@@ -76,10 +76,8 @@ def _worth_drawing(history: Any) -> int:
 
 def _first(history: Any, count: int) -> Any:
     """The first updates of a recording."""
-    cut = {key: getattr(history, key) for key in ("steps", "loss", "params")}
-    cut = {key: None if value is None else value[:count] for key, value in cut.items()}
-    same = {key: getattr(history, key) for key in ("start", "sizes", "run")}
-    return type(history)._of(history.rows, history.norms[:count], history.norm, **cut, **same)
+    given = {key: getattr(history, key) for key in ("norms", "steps", "loss", "params")}
+    return history._with(**{key: None if value is None else value[:count] for key, value in given.items()})
 
 
 def given(limits: Any, updates: int) -> list[Mark]:
