@@ -27,6 +27,7 @@ class Options(NamedTuple):
     eps: Any
     nonfinite: Nonfinite
     axis_name: tuple[str, ...]
+    out_dtype: np.dtype | None = None
 
 
 def names_of(axis_name: AxisName) -> tuple[str, ...]:
@@ -35,7 +36,14 @@ def names_of(axis_name: AxisName) -> tuple[str, ...]:
 
 
 def checked(
-    where: str, groups: Any, norm: Any, response: Any, eps: Any, nonfinite: Any, axis_name: AxisName
+    where: str,
+    groups: Any,
+    norm: Any,
+    response: Any,
+    eps: Any,
+    nonfinite: Any,
+    axis_name: AxisName,
+    out_dtype: Any = None,
 ) -> Options:
     """The options, or an error that names the one at fault."""
     _checks.spec(where, Groups, groups=groups)
@@ -44,7 +52,8 @@ def checked(
     _checks.nonnegative(where, eps=eps)
     _checks.one_of(where, ("propagate", "zero"), nonfinite=nonfinite)
     (eps,) = _checks.real(eps)
-    return Options(groups, norm, response, eps, nonfinite, names_of(axis_name))
+    dtype = None if out_dtype is None else _checks.real_dtype(where, out_dtype=out_dtype)
+    return Options(groups, norm, response, eps, nonfinite, names_of(axis_name), dtype)
 
 
 class Applied(NamedTuple):
@@ -85,7 +94,7 @@ def apply(
     """Rescales a tree that has been taken apart; it must have at least one row."""
     found, context = looked_at(rule, step, part, params, options)
     stats, first, then, rule_state = decide(rule, rule_state, found, context, options)
-    leaves = _scaled(part, first, then, found.norm, options.nonfinite == "zero")
+    leaves = _scaled(part, first, then, found.norm, options)
     whole = whole_of(stats, context.table, options.norm)
     return Applied(leaves, reported(stats), reported(whole), rule_state)
 
@@ -150,12 +159,16 @@ def measured(part: Partition, leaves: Sequence[Any], table: Table, options: Opti
     )
 
 
-def _scaled(part: Partition, first: jax.Array, then: jax.Array, norm: jax.Array, drop: bool) -> list[Any]:
+def _scaled(
+    part: Partition, first: jax.Array, then: jax.Array, norm: jax.Array, options: Options
+) -> list[Any]:
     chosen = {k: place for k, place in enumerate(part.places) if place is not None and place.scaled}
-    old = [jnp.asarray(part.leaves[k]) for k in chosen]
-    new = scale(old, first, then, norm[0], places=tuple(chosen.values()), drop=drop)
+    old, places = [jnp.asarray(part.leaves[k]) for k in chosen], tuple(chosen.values())
+    drop, dtype = options.nonfinite == "zero", options.out_dtype
     leaves = list(part.leaves)
-    for k, leaf in zip(chosen, new, strict=True):
+    for k, leaf in zip(
+        chosen, scale(old, first, then, norm[0], places=places, drop=drop, dtype=dtype), strict=True
+    ):
         leaves[k] = leaf
     return leaves
 

@@ -67,6 +67,20 @@ def numeric(where: str, **arguments: Any) -> None:
         )
 
 
+def real_dtype(where: str, **arguments: Any) -> np.dtype:
+    """The real floating-point dtype that the one argument names."""
+    ((name, value),) = arguments.items()
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"{where}: {name} is {value!r}. Pass None or a real floating-point dtype, such as jnp.float32."
+        )
+    return dtype
+
+
 def unscheduled(**arguments: Any) -> dict[str, Any]:
     """Those of the arguments that can be checked now: schedules have no value yet."""
     return {name: value for name, value in arguments.items() if not callable(value)}

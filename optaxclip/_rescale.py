@@ -114,11 +114,12 @@ def rescale_by_norm(
     eps: jax.typing.ArrayLike = 0.0,
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    out_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Splits an update into groups, measures each, and multiplies it by what the response says.
 
     Norms are accumulated in float32 (float64 if any leaf is), whatever the dtype of the leaves; the dtypes
-    that come out are those that came in. Groups whose factor is 1 come out bit-identical. `docs/numerics.md`
+    that come out are those that came in, unless `out_dtype` is given. Groups whose factor is 1 come out bit-identical. `docs/numerics.md`
     has the table of what happens at 0, infinity and NaN.
 
     Args:
@@ -133,6 +134,10 @@ def rescale_by_norm(
       axis_name: inside `shard_map` or `pmap`, the mesh axes that leaves are split over. Under `jit` alone
         nothing is needed. Where JAX tracks which axes a leaf varies over, each leaf is summed over exactly
         those; where it does not (`pmap`, `check_vma=False`), every leaf is summed over all of them.
+      out_dtype: the dtype that scaled leaves come out in, a real one; complex leaves come out in the complex
+        one of the same precision, and what belongs to no group as it is. By default each leaf keeps its own.
+        `jnp.float32` in front of an optimizer with moments in float32 saves bfloat16 gradients from being
+        rounded again, and from being written out on the way.
 
     Returns:
       A transformation with a `RescaleState`.
@@ -151,7 +156,7 @@ def rescale_by_norm(
     [0.6 0.8] [0.5] [5.  0.5] [0.2 1. ]
     """
     where = "rescale_by_norm"
-    options = checked(where, groups, norm, response, eps, nonfinite, axis_name)
+    options = checked(where, groups, norm, response, eps, nonfinite, axis_name, out_dtype)
     policy = Policy(as_limit(limit, where), options)
     return optax.GradientTransformationExtraArgs(policy.init, policy.update)
 
@@ -168,6 +173,7 @@ def rescale_tree(
     eps: jax.typing.ArrayLike = 0.0,
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    out_dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[PyTree, Stats]:
     """Rescales a tree once, without state: the core of `rescale_by_norm`, also under `vmap`.
 
@@ -182,6 +188,7 @@ def rescale_tree(
       eps: as in `rescale_by_norm`.
       nonfinite: likewise.
       axis_name: likewise.
+      out_dtype: likewise.
 
     Returns:
       The tree, and the `Stats` of its groups: float32 vectors with one entry per row, in the order of
@@ -201,7 +208,7 @@ def rescale_tree(
     """
     where = "rescale_tree"
     rule = as_limit(limit, where)
-    options = checked(where, groups, norm, response, eps, nonfinite, axis_name)
+    options = checked(where, groups, norm, response, eps, nonfinite, axis_name, out_dtype)
     part = partition(groups, tree)
     state = rule.init(part.table)
     if jax.tree.leaves(state):

@@ -1,4 +1,4 @@
-"""Multiplies leaves by the factors of their rows, in float32, and hands them back in their own dtype."""
+"""Multiplies leaves by the factors of their rows, in float32 or float64."""
 
 import functools
 import math
@@ -71,7 +71,7 @@ def factors(
     return Factors(factor, first, then, after)
 
 
-@functools.partial(jax.jit, static_argnames=("places", "drop"))
+@functools.partial(jax.jit, static_argnames=("places", "drop", "dtype"))
 def scale(
     leaves: Sequence[jax.Array],
     first: Float[Array, "rows"],
@@ -80,6 +80,7 @@ def scale(
     *,
     places: tuple[Place, ...],
     drop: bool,
+    dtype: np.dtype | None = None,
 ) -> list[jax.Array]:
     """Multiplies each leaf by the factor of its row or rows.
 
@@ -90,13 +91,14 @@ def scale(
       seed: any number that is never -1.
       places: the place of each leaf.
       drop: whether a factor of 0 makes zeros of entries that are not finite.
+      dtype: what comes out, complex where a leaf is; by default the leaf's own.
     """
     single = [k for k, place in enumerate(places) if not place.axes]
     pairs = jnp.stack([first, then], axis=1)
     pairs, rows = _apart(pairs, list(dict.fromkeys(places[k].first for k in single)), seed)
     # Both are traced once for leaves that are alike.
-    times_pair = jax.jit(functools.partial(_times, drop=drop))
-    times_row = jax.jit(functools.partial(_times_row, drop=drop))
+    times_pair = jax.jit(functools.partial(_times, drop=drop, dtype=dtype))
+    times_row = jax.jit(functools.partial(_times_row, drop=drop, dtype=dtype))
     known = {row: (pairs[row, 0], pairs[row, 1]) for row in rows.values() if isinstance(row, int)}
     scaled = []
     for leaf, place in zip(leaves, places, strict=True):
@@ -110,18 +112,23 @@ def scale(
         own = pairs[place.first : place.first + math.prod(shape)]
         by_rows = [_mesh.share(own[:, k].reshape(shape), leaf, place.axes) for k in (0, 1)]
         by_first, by_then = (jnp.expand_dims(x, others) for x in by_rows)
-        scaled.append(_times(leaf, by_first, by_then, drop))
+        scaled.append(_times(leaf, by_first, by_then, drop, dtype))
     return scaled
 
 
-def _times_row(leaf: jax.Array, pairs: jax.Array, row: jax.Array, drop: bool) -> jax.Array:
+def _times_row(
+    leaf: jax.Array, pairs: jax.Array, row: jax.Array, drop: bool, dtype: np.dtype | None
+) -> jax.Array:
     own = lax.dynamic_slice(pairs, (row, np.int32(0)), (1, 2), allow_negative_indices=False)
-    return _times(leaf, own[0, 0], own[0, 1], drop)
+    return _times(leaf, own[0, 0], own[0, 1], drop, dtype)
 
 
-def _times(leaf: jax.Array, first: jax.Array, then: jax.Array, drop: bool) -> jax.Array:
+def _times(
+    leaf: jax.Array, first: jax.Array, then: jax.Array, drop: bool, dtype: np.dtype | None
+) -> jax.Array:
     real = jnp.float64 if jnp.finfo(leaf.dtype).bits == 64 else jnp.float32
-    product = times(times(widen(leaf, real), first.astype(real)), then.astype(real)).astype(leaf.dtype)
+    product = times(times(widen(leaf, real), first.astype(real)), then.astype(real))
+    product, leaf = (x.astype(leaf.dtype) if dtype is None else widen(x, dtype) for x in (product, leaf))
     if drop:
         product = jnp.where(then == 0, jnp.zeros_like(product), product)
     return jnp.where(then != 1, product, leaf)

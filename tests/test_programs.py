@@ -6,11 +6,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax import lax
 from typer.testing import CliRunner
 from versions import OLD_JAX, before
 
+import optaxclip as oc
 from benchmarks import hlo, layouts, methods, network, programs, scaling, trees
 from benchmarks.scaling import Case
 
@@ -111,6 +113,20 @@ def test_a_clipped_step_needs_no_memory_in_float32(name):
 def test_a_clipped_step_writes_bfloat16_once(name):
     """Gradients are rounded to bfloat16 after scaling, which XLA writes out; never a copy in float32."""
     assert temporary("step", name, "large", "bfloat16") <= 1.05
+
+
+@NEW_XLA
+def test_float32_handed_on_is_not_written():
+    """With `out_dtype`, bfloat16 gradients go into AdamW's kernels as they are read, and nowhere else."""
+    optimizer = optax.chain(oc.rescale_by_norm(1.0, out_dtype=jnp.float32), programs.ADAMW)
+
+    def run(params, state, grads):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, grads = trees.specs(LARGE, "float32"), trees.specs(LARGE, "bfloat16")
+    step = jax.jit(run, donate_argnums=(0, 1)).lower(params, jax.eval_shape(optimizer.init, params), grads)
+    assert programs.temporary_bytes(step.compile()) <= 0.01 * LARGE.nbytes("bfloat16")
 
 
 @NEW_XLA
