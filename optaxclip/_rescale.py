@@ -119,8 +119,8 @@ def rescale_by_norm(
     """Splits an update into groups, measures each, and multiplies it by what the response says.
 
     Norms are accumulated in float32 (float64 if any leaf is), whatever the dtype of the leaves; the dtypes
-    that come out are those that came in, unless `out_dtype` is given. Groups whose factor is 1 come out bit-identical. `docs/numerics.md`
-    has the table of what happens at 0, infinity and NaN.
+    that come out are those that came in, unless `out_dtype` is given. Groups whose factor is 1 come out
+    bit-identical. `docs/numerics.md` has the table of what happens at 0, infinity and NaN.
 
     Args:
       limit: how large a norm may be: a number, an array, a schedule of the step, or one of
