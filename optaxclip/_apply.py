@@ -13,9 +13,9 @@ from optaxclip._base import Context, Groups, Limit, Norm, PyTree, Response, Stat
 from optaxclip._measure import Measured, measure, merge
 from optaxclip._partition import Partition, matching
 from optaxclip._scale import Factors, factors, scale
+from optaxclip._split import AxisName, Split, axes_of, told
 
 Nonfinite: TypeAlias = Literal["propagate", "zero"]
-AxisName: TypeAlias = str | Sequence[str] | None
 
 
 class Options(NamedTuple):
@@ -26,13 +26,8 @@ class Options(NamedTuple):
     response: Response
     eps: Any
     nonfinite: Nonfinite
-    axis_name: tuple[str, ...]
+    split: Split
     out_dtype: np.dtype | None = None
-
-
-def names_of(axis_name: AxisName) -> tuple[str, ...]:
-    """The mesh axes that the public argument names."""
-    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
 
 
 def checked(
@@ -42,7 +37,8 @@ def checked(
     response: Any,
     eps: Any,
     nonfinite: Any,
-    axis_name: AxisName,
+    axis_name: AxisName = None,
+    specs: PyTree = None,
     out_dtype: Any = None,
 ) -> Options:
     """The options, or an error that names the one at fault."""
@@ -53,7 +49,7 @@ def checked(
     _checks.one_of(where, ("propagate", "zero"), nonfinite=nonfinite)
     (eps,) = _checks.real(eps)
     dtype = None if out_dtype is None else _checks.real_dtype(where, out_dtype=out_dtype)
-    return Options(groups, norm, response, eps, nonfinite, names_of(axis_name), dtype)
+    return Options(groups, norm, response, eps, nonfinite, told(where, axis_name, specs), dtype)
 
 
 class Applied(NamedTuple):
@@ -134,14 +130,14 @@ def looked_at(
 
 def table_of(part: Partition, options: Options) -> Table:
     """The table of the rows; sizes count the entries on all devices that a leaf is split over."""
-    if not options.axis_name:
+    splits = axes_of(part, part.leaves, options.split)
+    if not any(splits):
         return part.table
     sizes = np.zeros(len(part.table.names))
-    for leaf, place in zip(part.leaves, part.places, strict=True):
+    for leaf, place, axes in zip(part.leaves, part.places, splits, strict=True):
         if place is not None and place.measured:
             count = math.prod(leaf.shape[axis] for axis in place.axes)
-            devices = _mesh.devices(leaf, options.axis_name)
-            sizes[place.first : place.first + count] += leaf.size // count * devices
+            sizes[place.first : place.first + count] += leaf.size // count * _mesh.axis_size(axes)
     return part.table._replace(sizes=sizes)
 
 
@@ -149,12 +145,13 @@ def measured(part: Partition, leaves: Sequence[Any], table: Table, options: Opti
     """Measures the rows of a partition, on its own leaves or on others of the same shapes."""
     chosen = {k: place for k, place in enumerate(part.places) if place is not None and place.measured}
     wide = any(jnp.finfo(jax.dtypes.canonicalize_dtype(part.leaves[k].dtype)).bits == 64 for k in chosen)
+    splits = axes_of(part, leaves, options.split)
     return measure(
         [jnp.asarray(leaves[k]) for k in chosen],
         places=tuple(chosen.values()),
+        splits=tuple(splits[k] for k in chosen),
         sizes=tuple(table.sizes.tolist()),
         norm=options.norm,
-        axis_name=options.axis_name,
         dtype=np.dtype(np.float64 if wide else np.float32),
     )
 

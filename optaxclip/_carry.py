@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _checks, norms as _norms, responses as _responses
-from optaxclip._apply import AxisName, Options, apply, checked, measured, table_of
+from optaxclip._apply import Options, apply, checked, measured, table_of
 from optaxclip._base import PyTree
 from optaxclip._partition import Partition, partition
+from optaxclip._split import AxisName
 from optaxclip.groups import whole
 from optaxclip.limits import as_limit
 
@@ -40,6 +41,7 @@ def carry_clipped(
     *,
     bound: float | jax.Array | None = None,
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds what a clip cuts off to the next update, so that clipping has no bias in the long run.
 
@@ -60,6 +62,7 @@ def carry_clipped(
         down to it after each step. What this takes is lost, and the clip has a bias again; `lost` in the
         state says how much. None, as in the paper: no bound.
       axis_name: mesh axes inside `shard_map` or `pmap`; see `rescale_by_norm`.
+      specs: how leaves are split over them, where JAX keeps no track of it; see `rescale_by_norm`.
 
     Returns:
       A transformation with a `CarryState`.
@@ -86,7 +89,7 @@ def carry_clipped(
     clip = transformation(WHERE, inner_clip)
     if bound is not None:
         _checks.nonnegative(WHERE, bound=bound)
-    options = checked(WHERE, whole(), _norms.l2(), _responses.clip(), 0.0, "propagate", axis_name)
+    options = checked(WHERE, whole(), _norms.l2(), _responses.clip(), 0.0, "propagate", axis_name, specs)
 
     def init(params: PyTree) -> CarryState:
         part = partition(options.groups, params)

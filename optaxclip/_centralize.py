@@ -9,17 +9,17 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _mesh, groups as _groups
-from optaxclip._apply import AxisName, names_of
 from optaxclip._base import Leaf, PyTree
 from optaxclip._partition import is_grouped, named_leaves, partition
 from optaxclip._read import times, widen
+from optaxclip._split import AxisName, axes_of, told
 from optaxclip._walk import across, number, real_dtype, together
 
 Axes = int | Sequence[int]
 
 
 def centralize(
-    axis: Axes | Mapping[str, Axes] | None = None, *, axis_name: AxisName = None
+    axis: Axes | Mapping[str, Axes] | None = None, *, axis_name: AxisName = None, specs: PyTree = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Subtracts from each output unit of each array the mean of its entries: gradient centralisation.
 
@@ -43,7 +43,10 @@ def centralize(
       axis_name: inside `shard_map` or `pmap`, the mesh axes that the entries of a unit are split over, which
         are those of the inputs; see `rescale_by_norm`. Mesh axes that split the outputs must not be among
         them: each device has units of its own along these. Where one splits the inputs of some arrays and
-        the outputs of others, give each kind a `centralize` of its own, with `optax.partition`.
+        the outputs of others, give each kind a `centralize` of its own, with `optax.partition`. `()` if
+        mesh axes split nothing but outputs.
+      specs: how leaves are split over them, where JAX keeps no track of it; see `rescale_by_norm`. Axes of
+        the outputs that it names are left out by `axis_name`.
 
     Returns:
       A transformation with an `optax.EmptyState`.
@@ -51,7 +54,7 @@ def centralize(
     Raises:
       TypeError: if an axis is not an integer, or a pattern not a str.
       ValueError: if a pattern does not compile; in `init`, if an axis is out of range or a rank above 6 has
-        no axes.
+        no axes; in `update`, inside `shard_map`, as in `rescale_by_norm`.
 
     References:
       Yong et al., [Gradient Centralization](https://arxiv.org/abs/2004.01461), 2020. `optax.centralize` means
@@ -64,14 +67,15 @@ def centralize(
     >>> print(updates["kernel"].tolist(), updates["bias"])
     [[-1.0, -0.5], [1.0, 0.5]] [1. 5.]
     """
-    where, names = "centralize", names_of(axis_name)
+    where = "centralize"
+    split = told(where, axis_name, specs)
     by_pattern = axis if isinstance(axis, Mapping) else {"": axis}
     rules = [
         (_groups._compiled(where, pattern), _groups._axes(where, axes))
         for pattern, axes in by_pattern.items()
     ]
 
-    def axes_of(leaf: Leaf) -> tuple[int, ...]:
+    def mean_over(leaf: Leaf) -> tuple[int, ...]:
         rank = len(leaf.shape)
         if rank < 2:
             return ()
@@ -93,20 +97,24 @@ def centralize(
     def init(params: PyTree) -> optax.EmptyState:
         for leaf in named_leaves(params):
             if is_grouped(leaf):
-                axes_of(leaf)
+                mean_over(leaf)
         return optax.EmptyState()
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
         del params, extra_args
         part = partition(_groups.whole(), updates)
+        means = [
+            () if place is None else mean_over(Leaf(path, (), leaf))
+            for leaf, path, place in zip(part.leaves, part.paths, part.places, strict=True)
+        ]
+        places = tuple(place if axes else None for place, axes in zip(part.places, means, strict=True))
+        splits = axes_of(part._replace(places=places), part.leaves, split)
         chosen = {}
-        for k, (leaf, path, place) in enumerate(zip(part.leaves, part.paths, part.places, strict=True)):
-            axes = () if place is None else axes_of(Leaf(path, (), leaf))
-            count = math.prod(leaf.shape[a] for a in axes)
-            count *= _mesh.devices(leaf, names) if axes else 1
+        for k, (leaf, axes) in enumerate(zip(part.leaves, means, strict=True)):
+            count = math.prod(leaf.shape[a] for a in axes) * _mesh.axis_size(splits[k])
             if count > 1:
                 chosen[k] = _Unit(widen(leaf, real_dtype(leaf)), axes, count)
-        totals = across(jax.lax.psum, {k: unit.total() for k, unit in chosen.items()}, part.leaves, names)
+        totals = across(jax.lax.psum, {k: unit.total() for k, unit in chosen.items()}, part.leaves, splits)
         return together(part, {k: unit.without(totals[k]) for k, unit in chosen.items()}), state
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -8,11 +8,11 @@ import numpy as np
 import optax
 
 from optaxclip import _checks, _mesh, groups as _groups
-from optaxclip._apply import AxisName, names_of
 from optaxclip._base import PyTree
 from optaxclip._learning import power_mean
 from optaxclip._partition import partition
 from optaxclip._read import times, widen
+from optaxclip._split import AxisName, axes_of, told
 from optaxclip._walk import (
     across,
     count,
@@ -250,7 +250,7 @@ def _unit(leaf: jax.Array, modulus: jax.Array) -> jax.Array:
 
 
 def adaptive_value_clip(
-    decay: float | jax.Array = 0.999, *, axis_name: AxisName = None
+    decay: float | jax.Array = 0.999, *, axis_name: AxisName = None, specs: PyTree = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales down the entries of a leaf that are above the running mean of its largest modulus.
 
@@ -268,6 +268,7 @@ def adaptive_value_clip(
       decay: d, the weight of the past per step, from 0 to 1.
       axis_name: inside `shard_map` or `pmap`, the mesh axes that leaves are split over, as in
         `rescale_by_norm`: the largest modulus is that of all devices, and the state is the same on them.
+      specs: how leaves are split over them, where JAX keeps no track of it; see there.
 
     Returns:
       A transformation with an `AdaptiveValueClipState`.
@@ -289,7 +290,8 @@ def adaptive_value_clip(
     >>> print(updates["w"])
     [-5.        4.285714  1.      ]
     """
-    where, names = "adaptive_value_clip", names_of(axis_name)
+    where = "adaptive_value_clip"
+    split = told(where, axis_name, specs)
     _checks.within(where, 0, 1, decay=decay)
 
     def init(params: PyTree) -> AdaptiveValueClipState:
@@ -307,16 +309,17 @@ def adaptive_value_clip(
         if not rows:
             return updates, state._replace(step=step)
         order = sorted(rows, key=rows.__getitem__)
-        peaks = across(jax.lax.pmax, {k: _peak(part.leaves[k]) for k in order}, part.leaves, names)
+        splits = axes_of(part, part.leaves, split)
+        peaks = across(jax.lax.pmax, {k: _peak(part.leaves[k]) for k in order}, part.leaves, splits)
         peak, bad = jnp.stack([peaks[k] for k in order], axis=1)
         limit, weight = _learned(state, peak, bad == 0, rest(decay, jnp.float32))
         bound = jnp.where(weight > 0, limit, jnp.inf)
         made, over = {}, {}
         for k, row in rows.items():
             made[k], over[k] = _to_limit(part.leaves[k], peak[row], bound[row])
-        over = across(jax.lax.psum, over, part.leaves, names)
+        over = across(jax.lax.psum, over, part.leaves, splits)
         clipped = jnp.stack([over[k] for k in order])
-        entries = sum(part.leaves[k].size * _mesh.devices(part.leaves[k], names) for k in rows)
+        entries = sum(part.leaves[k].size * _mesh.axis_size(splits[k]) for k in rows)
         return together(part, made), AdaptiveValueClipState(
             step=step,
             limit=limit,

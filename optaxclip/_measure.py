@@ -47,14 +47,14 @@ class Measured(NamedTuple):
     free: jax.Array | None
 
 
-@functools.partial(jax.jit, static_argnames=("places", "sizes", "norm", "axis_name", "dtype"))
+@functools.partial(jax.jit, static_argnames=("places", "splits", "sizes", "norm", "dtype"))
 def measure(
     leaves: Sequence[jax.Array],
     *,
     places: tuple[Place, ...],
+    splits: tuple[tuple[str, ...], ...],
     sizes: tuple[float, ...],
     norm: Norm,
-    axis_name: tuple[str, ...],
     dtype: np.dtype,
 ) -> Measured:
     """Measures every row of the groups.
@@ -62,21 +62,21 @@ def measure(
     Args:
       leaves: the measured leaves.
       places: the place of each.
+      splits: the manual mesh axes that each is split over.
       sizes: entries in each row.
       norm: how.
-      axis_name: manual mesh axes that leaves may be split over.
       dtype: what to accumulate in, float32 or float64.
     """
     rows, count = len(sizes), np.asarray(sizes, dtype)
     parts = 1 + any(not place.scaled for place in places)
     # Leaves that are measured but not scaled have rows of their own, behind the others.
     firsts = [place.first + rows * (not place.scaled) for place in places]
-    blocks = blocks_of(leaves, firsts, places, norm.shaped)
+    blocks = blocks_of(leaves, firsts, places, splits, norm.shaped)
 
     def together(
         own: Sequence[Block], combine: Combine, of: Callable[[Sequence[Block]], jax.Array]
     ) -> jax.Array:
-        return across(own, of, rows * parts, combine, axis_name).reshape(parts, rows)
+        return across(own, of, rows * parts, combine).reshape(parts, rows)
 
     def at(arrays: Arrays, scales: Arrays) -> jax.Array:
         own = [b._replace(array=x, scale=s) for b, x, s in zip(blocks, arrays, scales, strict=True)]
@@ -93,7 +93,8 @@ def measure(
             scale = _inverse(jnp.max(peak, axis=0))
             partial = at_each(arrays, scale)
         else:
-            typed = functools.partial(_mesh.vary_like, arrays=arrays, apart=axis_name)
+            split = [block.split for block in blocks]
+            typed = functools.partial(_mesh.vary_like, arrays=arrays, split=split)
             partial, scale = _by_trial(arrays, norm, typed(jnp.zeros((parts, rows), dtype)), typed, at)
         return _joined(partial, norm, lambda some: _close(some, scale, norm, count))
 
@@ -120,23 +121,21 @@ def across(
     of: Callable[[Sequence[Block]], jax.Array],
     rows: int,
     combine: Combine,
-    axis_name: tuple[str, ...],
 ) -> jax.Array:
     """One number by row, `(rows,)`, put together across leaves and devices.
 
-    `of` is called with the blocks that vary over the same manual axes, and returns one number for each of
-    their indices.
+    `of` is called with the blocks that are split over the same manual axes, and returns one number for each
+    of their indices.
     """
     by_axes = collections.defaultdict(list)
     for block in blocks:
-        by_axes[_mesh.varying_axes(block.array)].append(block)
+        by_axes[block.split].append(block)
     reduce = lax.psum if combine == "sum" else lax.pmax
     found = []
-    for alike in by_axes.values():
+    for split, alike in by_axes.items():
         part = _segments(of(alike), np.concatenate([block.rows for block in alike]), rows, combine)
         part = without_nan(part) if combine == "max" else part
-        split = _mesh.split_axes(alike[0].array, axis_name)
-        found.append(reduce(part, tuple(sorted(split))) if split else part)
+        found.append(reduce(part, split) if split else part)
     return found[0] if len(found) == 1 else _add(combine)(jnp.stack(found), axis=0)
 
 

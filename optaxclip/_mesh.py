@@ -1,6 +1,6 @@
 """What differs between versions of JAX and kinds of mesh: varying axes, collectives, explicit shardings."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,16 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
     return frozenset(axes)
 
 
-def vary_like(value: jax.Array, arrays: Sequence[jax.Array], apart: Sequence[str] = ()) -> jax.Array:
+def vary_like(
+    value: jax.Array, arrays: Sequence[jax.Array], split: Sequence[Sequence[str]] | None = None
+) -> jax.Array:
     """The value, typed as of the mesh of some arrays, and as varying over the manual axes they vary over.
 
-    Axes of `apart` that a leaf is split over do not count: what is made of it is summed over them.
+    The axes that each of them is `split` over do not count: what is made of it is summed over them.
     """
     value = replicate(value, next((x for x in arrays if is_partitioned(x)), arrays[0]))
-    axes = frozenset[str]().union(*(varying_axes(x) - split_axes(x, apart) for x in arrays))
+    split = [()] * len(arrays) if split is None else split
+    axes = frozenset[str]().union(*(varying_axes(x) - {*own} for x, own in zip(arrays, split, strict=True)))
     axes = tuple(sorted(axes - varying_axes(value)))
     if not axes:
         return value
@@ -47,23 +50,17 @@ def barrier(arrays: Sequence[jax.Array], scale: jax.Array) -> tuple[list[jax.Arr
     return passed, scales
 
 
-def split_axes(x: jax.Array, axis_name: Sequence[str]) -> frozenset[str]:
-    """Those of `axis_name` that a leaf is split over: all of them where JAX does not keep track."""
-    tracked = {name for name in axis_name if name in varying_axes(jax.lax.axis_index(name))}
-    return frozenset(axis_name) - (tracked - varying_axes(x))
+def tracked_axes(axes: Iterable[str]) -> frozenset[str]:
+    """Those of some manual axes for which JAX keeps track of what varies over them."""
+    return frozenset(name for name in axes if name in varying_axes(jax.lax.axis_index(name)))
 
 
-def axis_size(axes: frozenset[str]) -> int:
+def axis_size(axes: Iterable[str]) -> int:
     """The number of devices along some manual axes."""
     size = 1
     for name in axes:
         size *= jax.lax.axis_size(name)
     return size
-
-
-def devices(x: jax.Array, axis_name: Sequence[str]) -> int:
-    """How many devices hold a part of a leaf, along the axes named."""
-    return axis_size(split_axes(x, axis_name))
 
 
 def has_mesh(x: jax.Array) -> bool:

@@ -7,9 +7,10 @@ import jax
 import optax
 
 from optaxclip import _checks, groups as _groups, limits, norms, responses
-from optaxclip._apply import AxisName, Nonfinite
-from optaxclip._base import Groups
+from optaxclip._apply import Nonfinite
+from optaxclip._base import Groups, PyTree
 from optaxclip._rescale import rescale_by_norm
+from optaxclip._split import AxisName
 from optaxclip.limits import LimitLike, as_limit
 
 Transformation: TypeAlias = optax.GradientTransformationExtraArgs
@@ -23,6 +24,7 @@ def clip_by_global_norm(
     eps: jax.typing.ArrayLike = 0.0,
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> Transformation:
     """Scales the whole update down so that its L2 norm is at most `max_norm`; its direction is kept.
 
@@ -31,6 +33,7 @@ def clip_by_global_norm(
       eps: added to the norm. 1e-6 gives the numbers of `torch.nn.utils.clip_grad_norm_`.
       nonfinite: what becomes of a NaN or an infinity; see `rescale_by_norm`.
       axis_name: mesh axes inside `shard_map` or `pmap`; see `rescale_by_norm`.
+      specs: how leaves are split over them, where JAX keeps no track of it; see `rescale_by_norm`.
 
     Returns:
       A transformation with a `RescaleState`.
@@ -55,6 +58,7 @@ def clip_by_global_norm(
         eps=eps,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        specs=specs,
     )
 
 
@@ -65,6 +69,7 @@ def clip_by_layerwise_norm(
     eps: jax.typing.ArrayLike = 0.0,
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> Transformation:
     """Scales each layer down so that its own L2 norm, of kernel and bias together, is at most `max_norm`.
 
@@ -74,6 +79,7 @@ def clip_by_layerwise_norm(
       eps: as in `rescale_by_norm`, like the following.
       nonfinite: what becomes of a NaN or an infinity.
       axis_name: mesh axes inside `shard_map` or `pmap`.
+      specs: how leaves are split over them.
 
     Returns:
       A transformation with a `RescaleState`.
@@ -95,6 +101,7 @@ def clip_by_layerwise_norm(
         eps=eps,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        specs=specs,
     )
 
 
@@ -105,6 +112,7 @@ def clip_by_leafwise_norm(
     eps: jax.typing.ArrayLike = 0.0,
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> Transformation:
     """Scales each leaf down so that its own L2 norm is at most `max_norm`. Keras calls it `clipnorm`.
 
@@ -113,6 +121,7 @@ def clip_by_leafwise_norm(
       eps: as in `rescale_by_norm`, like the following.
       nonfinite: what becomes of a NaN or an infinity.
       axis_name: mesh axes inside `shard_map` or `pmap`.
+      specs: how leaves are split over them.
 
     Returns:
       A transformation with a `RescaleState`.
@@ -134,6 +143,7 @@ def clip_by_leafwise_norm(
         eps=eps,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        specs=specs,
     )
 
 
@@ -145,6 +155,7 @@ def clip_by_groupwise_norm(
     eps: jax.typing.ArrayLike = 0.0,
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> Transformation:
     """Scales each group down so that its own L2 norm is at most `max_norm`.
 
@@ -154,6 +165,7 @@ def clip_by_groupwise_norm(
       eps: as in `rescale_by_norm`, like the following.
       nonfinite: what becomes of a NaN or an infinity.
       axis_name: mesh axes inside `shard_map` or `pmap`.
+      specs: how leaves are split over them.
 
     Returns:
       A transformation with a `RescaleState`.
@@ -175,6 +187,7 @@ def clip_by_groupwise_norm(
         eps=eps,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        specs=specs,
     )
 
 
@@ -186,6 +199,7 @@ def clip_by_unitwise_norm(
     eps: jax.typing.ArrayLike = 0.0,
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> Transformation:
     """Scales each output unit of each leaf down so that its own L2 norm is at most `max_norm`.
 
@@ -195,6 +209,7 @@ def clip_by_unitwise_norm(
       eps: as in `rescale_by_norm`, like the following.
       nonfinite: what becomes of a NaN or an infinity.
       axis_name: mesh axes inside `shard_map` or `pmap`.
+      specs: how leaves are split over them.
 
     Returns:
       A transformation with a `RescaleState`.
@@ -217,6 +232,7 @@ def clip_by_unitwise_norm(
         eps=eps,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        specs=specs,
     )
 
 
@@ -227,6 +243,7 @@ def clip_by_block_rms(
     eps: jax.typing.ArrayLike = 0.0,
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> Transformation:
     """Scales each leaf down so that the root mean square of its entries is at most `threshold`.
 
@@ -235,6 +252,7 @@ def clip_by_block_rms(
       eps: as in `rescale_by_norm`, like the following.
       nonfinite: what becomes of a NaN or an infinity.
       axis_name: mesh axes inside `shard_map` or `pmap`.
+      specs: how leaves are split over them.
 
     Returns:
       A transformation with a `RescaleState`.
@@ -260,6 +278,7 @@ def clip_by_block_rms(
         eps=eps,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        specs=specs,
     )
 
 
@@ -272,6 +291,7 @@ def adaptive_grad_clip(
     groups: Groups | None = None,
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> Transformation:
     r"""Scales each output unit down so that its norm is at most `clipping` times its parameters' norm.
 
@@ -287,6 +307,7 @@ def adaptive_grad_clip(
       groups: a grouping in place of units, such as `groups.leaf()`.
       nonfinite: what becomes of a NaN or an infinity; see `rescale_by_norm`.
       axis_name: mesh axes inside `shard_map` or `pmap`; see `rescale_by_norm`.
+      specs: how leaves are split over them, where JAX keeps no track of it; see `rescale_by_norm`.
 
     Returns:
       A transformation with a `RescaleState`.
@@ -316,6 +337,7 @@ def adaptive_grad_clip(
         groups=groups or _groups.unit(axis),
         nonfinite=nonfinite,
         axis_name=axis_name,
+        specs=specs,
     )
 
 
@@ -326,6 +348,7 @@ def normalize_by_global_norm(
     eps: jax.typing.ArrayLike = 0.0,
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> Transformation:
     """Scales the whole update to the L2 norm `norm`, up or down: normalised gradient descent.
 
@@ -336,6 +359,7 @@ def normalize_by_global_norm(
       eps: as in `rescale_by_norm`, like the following.
       nonfinite: what becomes of a NaN or an infinity.
       axis_name: mesh axes inside `shard_map` or `pmap`.
+      specs: how leaves are split over them.
 
     Returns:
       A transformation with a `RescaleState`.
@@ -360,6 +384,7 @@ def normalize_by_global_norm(
         eps=eps,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        specs=specs,
     )
 
 
@@ -370,6 +395,7 @@ def normalize_by_layerwise_norm(
     eps: jax.typing.ArrayLike = 0.0,
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> Transformation:
     """Scales each layer to the L2 norm `norm`, up or down: the block-normalised gradient.
 
@@ -380,6 +406,7 @@ def normalize_by_layerwise_norm(
       eps: as in `rescale_by_norm`, like the following.
       nonfinite: what becomes of a NaN or an infinity.
       axis_name: mesh axes inside `shard_map` or `pmap`.
+      specs: how leaves are split over them.
 
     Returns:
       A transformation with a `RescaleState`.
@@ -405,4 +432,5 @@ def normalize_by_layerwise_norm(
         eps=eps,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        specs=specs,
     )

@@ -7,9 +7,10 @@ import jax
 import optax
 
 from optaxclip import _checks, groups as _groups, limits, responses
-from optaxclip._apply import AxisName, Nonfinite
-from optaxclip._base import Groups
+from optaxclip._apply import Nonfinite
+from optaxclip._base import Groups, PyTree
 from optaxclip._rescale import rescale_by_norm
+from optaxclip._split import AxisName
 from optaxclip.limits import LimitLike, as_limit
 
 Transformation: TypeAlias = optax.GradientTransformationExtraArgs
@@ -35,6 +36,7 @@ def autoclip(
     eps: Number = 1e-6,
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> Transformation:
     r"""Clips to a percentile of the norms seen so far.
 
@@ -48,6 +50,7 @@ def autoclip(
       eps: added to the norm, 1e-6 as in PyTorch.
       nonfinite: what becomes of a NaN or an infinity; see `rescale_by_norm`.
       axis_name: mesh axes inside `shard_map` or `pmap`; see `rescale_by_norm`.
+      specs: how leaves are split over them, where JAX keeps no track of it; see `rescale_by_norm`.
 
     Returns:
       A transformation with a `RescaleState`.
@@ -74,6 +77,7 @@ def autoclip(
         eps=eps,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        specs=specs,
     )
 
 
@@ -86,6 +90,7 @@ def quantile_clip(
     eps: Number = 1e-6,
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> Transformation:
     r"""Clips to a rolling quantile of the norms before the current one.
 
@@ -98,6 +103,7 @@ def quantile_clip(
       eps: added to the norm, 1e-6 as in PyTorch.
       nonfinite: what becomes of a NaN or an infinity; see `rescale_by_norm`.
       axis_name: mesh axes inside `shard_map` or `pmap`; see `rescale_by_norm`.
+      specs: how leaves are split over them, where JAX keeps no track of it; see `rescale_by_norm`.
 
     Returns:
       A transformation with a `RescaleState`.
@@ -124,6 +130,7 @@ def quantile_clip(
         eps=eps,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        specs=specs,
     )
 
 
@@ -141,6 +148,7 @@ def zclip(
     groups: Groups = _groups.whole(),
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> Transformation:
     r"""Clips norms more than `z` standard deviations above their running mean, and all to `max_norm`.
 
@@ -159,6 +167,7 @@ def zclip(
       groups: which entries share a norm, one of `optaxclip.groups`.
       nonfinite: what becomes of a NaN or an infinity; see `rescale_by_norm`.
       axis_name: mesh axes inside `shard_map` or `pmap`; see `rescale_by_norm`.
+      specs: how leaves are split over them, where JAX keeps no track of it; see `rescale_by_norm`.
 
     Returns:
       A transformation with a `RescaleState`.
@@ -196,6 +205,7 @@ def zclip(
         eps=eps,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        specs=specs,
     )
 
 
@@ -214,6 +224,7 @@ def adagc(
     groups: Groups = _groups.leaf(),
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> Transformation:
     r"""Clips each leaf to `slack` times the running mean of its own norm after clipping.
 
@@ -229,6 +240,7 @@ def adagc(
       groups: which entries share a norm, one of `optaxclip.groups`.
       nonfinite: what becomes of a NaN or an infinity; see `rescale_by_norm`.
       axis_name: mesh axes inside `shard_map` or `pmap`; see `rescale_by_norm`.
+      specs: how leaves are split over them, where JAX keeps no track of it; see `rescale_by_norm`.
 
     Returns:
       A transformation with a `RescaleState`.
@@ -256,6 +268,7 @@ def adagc(
         eps=eps,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        specs=specs,
     )
 
 
@@ -269,6 +282,7 @@ def clip_by_historical_norm(
     eps: Number = 0.0,
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> Transformation:
     r"""Clips to the mean of the last norms and `k` standard deviations. See `limits.mean_std`.
 
@@ -280,6 +294,7 @@ def clip_by_historical_norm(
       eps: added to the norm.
       nonfinite: what becomes of a NaN or an infinity; see `rescale_by_norm`.
       axis_name: mesh axes inside `shard_map` or `pmap`; see `rescale_by_norm`.
+      specs: how leaves are split over them, where JAX keeps no track of it; see `rescale_by_norm`.
 
     Returns:
       A transformation with a `RescaleState`.
@@ -305,6 +320,7 @@ def clip_by_historical_norm(
         eps=eps,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        specs=specs,
     )
 
 
@@ -318,6 +334,7 @@ def clip_by_adaptive_quantile(
     eps: Number = 0.0,
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> Transformation:
     r"""Clips to a limit that moves until a share `target` of the norms is within it. See `limits.quantile`.
 
@@ -331,6 +348,7 @@ def clip_by_adaptive_quantile(
       eps: added to the norm.
       nonfinite: what becomes of a NaN or an infinity; see `rescale_by_norm`.
       axis_name: mesh axes inside `shard_map` or `pmap`; see `rescale_by_norm`.
+      specs: how leaves are split over them, where JAX keeps no track of it; see `rescale_by_norm`.
 
     Returns:
       A transformation with a `RescaleState`.
@@ -357,6 +375,7 @@ def clip_by_adaptive_quantile(
         eps=eps,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        specs=specs,
     )
 
 
@@ -371,6 +390,7 @@ def aggc(
     groups: Groups = MODULE_TYPES,
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> Transformation:
     r"""Keeps the norm of each kind of module between two multiples of its running mean.
 
@@ -390,6 +410,7 @@ def aggc(
       groups: which entries share a norm, one of `optaxclip.groups`.
       nonfinite: what becomes of a NaN or an infinity; see `rescale_by_norm`.
       axis_name: mesh axes inside `shard_map` or `pmap`; see `rescale_by_norm`.
+      specs: how leaves are split over them, where JAX keeps no track of it; see `rescale_by_norm`.
 
     Returns:
       A transformation with a `RescaleState`.
@@ -417,6 +438,7 @@ def aggc(
         groups=groups,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        specs=specs,
     )
 
 
@@ -427,6 +449,7 @@ def adanorm(
     groups: Groups = _groups.leaf(),
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> Transformation:
     r"""Scales each leaf up to the running mean of its norm where it is below.
 
@@ -435,6 +458,7 @@ def adanorm(
       groups: which entries share a norm, one of `optaxclip.groups`.
       nonfinite: what becomes of a NaN or an infinity; see `rescale_by_norm`.
       axis_name: mesh axes inside `shard_map` or `pmap`; see `rescale_by_norm`.
+      specs: how leaves are split over them, where JAX keeps no track of it; see `rescale_by_norm`.
 
     Returns:
       A transformation with a `RescaleState`.
@@ -462,6 +486,7 @@ def adanorm(
         groups=groups,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        specs=specs,
     )
 
 
@@ -474,6 +499,7 @@ def gradient_stabilizer(
     groups: Groups = _groups.leaf(),
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> Transformation:
     r"""Keeps the direction of each leaf, and makes its norm the ratio of two running moments of it.
 
@@ -486,6 +512,7 @@ def gradient_stabilizer(
       groups: which entries share a norm, one of `optaxclip.groups`.
       nonfinite: what becomes of a NaN or an infinity; see `rescale_by_norm`.
       axis_name: mesh axes inside `shard_map` or `pmap`; see `rescale_by_norm`.
+      specs: how leaves are split over them, where JAX keeps no track of it; see `rescale_by_norm`.
 
     Returns:
       A transformation with a `RescaleState`.
@@ -513,6 +540,7 @@ def gradient_stabilizer(
         groups=groups,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        specs=specs,
     )
 
 
@@ -524,6 +552,7 @@ def normalize_by_running_norm(
     groups: Groups = _groups.leaf(),
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> Transformation:
     r"""Divides each leaf by the running root mean square of its norm. See `limits.running_rms`.
 
@@ -533,6 +562,7 @@ def normalize_by_running_norm(
       groups: which entries share a norm, one of `optaxclip.groups`.
       nonfinite: what becomes of a NaN or an infinity; see `rescale_by_norm`.
       axis_name: mesh axes inside `shard_map` or `pmap`; see `rescale_by_norm`.
+      specs: how leaves are split over them, where JAX keeps no track of it; see `rescale_by_norm`.
 
     Returns:
       A transformation with a `RescaleState`.
@@ -559,4 +589,5 @@ def normalize_by_running_norm(
         groups=groups,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        specs=specs,
     )

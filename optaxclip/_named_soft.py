@@ -6,9 +6,10 @@ import jax
 import optax
 
 from optaxclip import _checks, groups as _groups, responses
-from optaxclip._apply import AxisName, Nonfinite
-from optaxclip._base import Groups
+from optaxclip._apply import Nonfinite
+from optaxclip._base import Groups, PyTree
 from optaxclip._rescale import rescale_by_norm
+from optaxclip._split import AxisName
 from optaxclip.limits import LimitLike, as_limit
 
 Transformation: TypeAlias = optax.GradientTransformationExtraArgs
@@ -23,6 +24,7 @@ def automatic_clip(
     groups: Groups = _groups.whole(),
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> Transformation:
     r"""Scales to `max_norm` times n / (n + gamma): nearly normalises, and leaves small norms small.
 
@@ -32,6 +34,7 @@ def automatic_clip(
       groups: which entries share a norm, one of `optaxclip.groups`.
       nonfinite: what becomes of a NaN or an infinity; see `rescale_by_norm`.
       axis_name: mesh axes inside `shard_map` or `pmap`; see `rescale_by_norm`.
+      specs: how leaves are split over them, where JAX keeps no track of it; see `rescale_by_norm`.
 
     Returns:
       A transformation with a `RescaleState`.
@@ -59,6 +62,7 @@ def automatic_clip(
         eps=gamma,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        specs=specs,
     )
 
 
@@ -70,6 +74,7 @@ def psac_clip(
     groups: Groups = _groups.whole(),
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> Transformation:
     r"""Scales by c / (n + r / (n + r)). See `responses.psac`.
 
@@ -79,6 +84,7 @@ def psac_clip(
       groups: which entries share a norm, one of `optaxclip.groups`.
       nonfinite: what becomes of a NaN or an infinity; see `rescale_by_norm`.
       axis_name: mesh axes inside `shard_map` or `pmap`; see `rescale_by_norm`.
+      specs: how leaves are split over them, where JAX keeps no track of it; see `rescale_by_norm`.
 
     Returns:
       A transformation with a `RescaleState`.
@@ -105,6 +111,7 @@ def psac_clip(
         groups=groups,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        specs=specs,
     )
 
 
@@ -117,6 +124,7 @@ def delta_clip(
     eps: Number = 0.0,
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> Transformation:
     r"""Clips to `max_norm`, but by no factor less than `delta`, so that large gradients still count as such.
 
@@ -127,6 +135,7 @@ def delta_clip(
       eps: added to the norm.
       nonfinite: what becomes of a NaN or an infinity; see `rescale_by_norm`.
       axis_name: mesh axes inside `shard_map` or `pmap`; see `rescale_by_norm`.
+      specs: how leaves are split over them, where JAX keeps no track of it; see `rescale_by_norm`.
 
     Returns:
       A transformation with a `RescaleState`.
@@ -154,6 +163,7 @@ def delta_clip(
         eps=eps,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        specs=specs,
     )
 
 
@@ -166,6 +176,7 @@ def smooth_clip(
     eps: Number = 0.0,
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> Transformation:
     r"""Scales every norm smoothly to below `max_norm`. See `responses.soft`.
 
@@ -176,6 +187,7 @@ def smooth_clip(
       eps: added to the norm.
       nonfinite: what becomes of a NaN or an infinity; see `rescale_by_norm`.
       axis_name: mesh axes inside `shard_map` or `pmap`; see `rescale_by_norm`.
+      specs: how leaves are split over them, where JAX keeps no track of it; see `rescale_by_norm`.
 
     Returns:
       A transformation with a `RescaleState`.
@@ -202,4 +214,5 @@ def smooth_clip(
         eps=eps,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        specs=specs,
     )

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _checks, groups as _groups, norms as _norms, responses as _responses
-from optaxclip._apply import AxisName, Nonfinite, apply, checked
+from optaxclip._apply import Nonfinite, apply, checked
 from optaxclip._base import Groups, Leaf, Norm, PyTree, Response, Stats, Table
 from optaxclip._partition import named_leaves, partition
+from optaxclip._split import AxisName
 from optaxclip.limits import LimitLike, as_limit
 
 Reduce: TypeAlias = Literal["mean", "sum"]
@@ -110,6 +111,7 @@ def clip_per_example(
     nonfinite: Nonfinite = "zero",
     reduce: Reduce = "mean",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips the gradient of each example by itself, and averages over the batch.
 
@@ -144,7 +146,10 @@ def clip_per_example(
       axis_name: inside `shard_map` or `pmap`, the mesh axes that the parameters are split over, so that an
         example's norm is that of all its parts; see `rescale_by_norm`. An axis that splits the batch is not
         among them. With one, update and state are those of a device's own examples: average the update over
-        it with `jax.lax.pmean`; `per_example_quantile` needs the whole batch on each device.
+        it with `jax.lax.pmean`; `per_example_quantile` needs the whole batch on each device. Since JAX does
+        not tell an axis of the batch from one of the parameters, None is as `()`, and no error.
+      specs: how the parameters are split, where JAX keeps no track of it; see `rescale_by_norm`. An axis of
+        the batch is not in it either.
 
     Returns:
       A transformation with a `PerExampleState`.
@@ -169,7 +174,9 @@ def clip_per_example(
     """
     quantile = limit if isinstance(limit, PerExampleQuantile) else None
     rule = as_limit(1.0 if isinstance(limit, PerExampleQuantile) else limit, WHERE)
-    options = checked(WHERE, groups, norm, response, eps, nonfinite, axis_name)
+    options = checked(WHERE, groups, norm, response, eps, nonfinite, axis_name, specs)
+    # JAX cannot tell an axis of the batch from one of the parameters: what is not named does not count.
+    options = options._replace(split=options.split._replace(axis_name=options.split.axes))
     _checks.one_of(WHERE, ("mean", "sum"), reduce=reduce)
 
     def init(params: PyTree) -> PerExampleState:

@@ -29,12 +29,14 @@ class Block(NamedTuple):
       array: the entries.
       reduced: the axes that the norm runs over.
       rows: the row of the groups that each index of the other axes belongs to, `(indices,)`.
+      split: the manual mesh axes that the entries are split over.
       scale: what entries are multiplied by first, of the shape `()` or `kept`.
     """
 
     array: jax.Array
     reduced: tuple[int, ...]
     rows: np.ndarray
+    split: tuple[str, ...] = ()
     scale: jax.Array | float = 1.0
 
     @property
@@ -44,22 +46,29 @@ class Block(NamedTuple):
 
 
 def blocks_of(
-    leaves: Sequence[jax.Array], firsts: Sequence[int], places: Sequence[Place], shaped: bool
+    leaves: Sequence[jax.Array],
+    firsts: Sequence[int],
+    places: Sequence[Place],
+    splits: Sequence[tuple[str, ...]],
+    shaped: bool,
 ) -> list[Block]:
-    """The leaves, small ones of equal size merged unless `shaped`; `firsts` has the first row of each."""
+    """The leaves, small ones of equal size merged unless `shaped`.
+
+    Of each leaf `firsts` has the first row, and `splits` the manual mesh axes that it is split over.
+    """
     blocks, small = [], collections.defaultdict(list)
-    for leaf, first, place in zip(leaves, firsts, places, strict=True):
+    for leaf, first, place, split in zip(leaves, firsts, places, splits, strict=True):
         if not (shaped or place.axes or leaf.size > SMALL or _mesh.has_mesh(leaf)):
-            small[leaf.size, leaf.dtype].append((leaf, first))
+            small[leaf.size, leaf.dtype, split].append((leaf, first))
             continue
         count = math.prod(leaf.shape[axis] for axis in place.axes)
         reduced = tuple(axis for axis in range(leaf.ndim) if axis not in place.axes)
-        blocks.append(Block(leaf, reduced, first + np.arange(count)))
-    for alike in small.values():
+        blocks.append(Block(leaf, reduced, first + np.arange(count), split))
+    for (_, _, split), alike in small.items():
         for start in range(0, len(alike), MERGED):
             some = alike[start : start + MERGED]
             merged = jnp.stack([leaf.reshape(-1) for leaf, _ in some])
-            blocks.append(Block(merged, (1,), np.array([first for _, first in some])))
+            blocks.append(Block(merged, (1,), np.array([first for _, first in some]), split))
     return blocks
 
 

@@ -10,11 +10,12 @@ import optax
 from jax import lax
 
 from optaxclip import _checks, _mesh, groups as _groups, norms as _norms, responses as _responses
-from optaxclip._apply import AxisName, Options, checked, measured, single, table_of
+from optaxclip._apply import Options, checked, measured, single, table_of
 from optaxclip._base import Groups, Norm, PyTree
 from optaxclip._measure import across
 from optaxclip._partition import Partition, matching, partition
 from optaxclip._read import Block, blocks_of
+from optaxclip._split import AxisName, axes_of
 from optaxclip._stretches import Stretches, blank, with_latest
 
 # The histogram of the whole run: four bins for each doubling, from 2^-64 to 2^64. Centres of bins are at most
@@ -66,6 +67,7 @@ def record(
     stretches: int = 256,
     params: bool = False,
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Passes updates through as they are, and remembers the norms of their groups.
 
@@ -88,6 +90,7 @@ def record(
         parameters once at each update.
       axis_name: mesh axes inside `shard_map` or `pmap`; see `rescale_by_norm`. With them `start` is NaN,
         since `init` may be called outside.
+      specs: how leaves are split over them, where JAX keeps no track of it; see there.
 
     Returns:
       A transformation with a `RecordState`.
@@ -109,7 +112,7 @@ def record(
     ('b', 'w') [[1.0, 5.0], [2.0, 10.0]] [1. 2.]
     """
     where = "record"
-    options = checked(where, groups, norm, _responses.clip(), 0.0, "propagate", axis_name)
+    options = checked(where, groups, norm, _responses.clip(), 0.0, "propagate", axis_name, specs)
     _checks.whole_number(where, least=1, capacity=capacity)
     _checks.whole_number(where, least=2, stretches=stretches)
     if stretches % 2:
@@ -134,7 +137,7 @@ def record(
 def _start(part: Partition, options: Options, capacity: int, stretches: int, kept: int) -> RecordState:
     """The state before the first update; each array in a buffer of its own, so that all can be donated."""
     rows = len(part.table.names)
-    arrays = rows and not options.axis_name
+    arrays = rows and not options.split.axes
     arrays = arrays and not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in part.leaves)
     found = single(measured(part, part.leaves, part.table, options).norm) if arrays else None
 
@@ -220,7 +223,9 @@ def _entries(part: Partition, options: Options, bad: jax.Array) -> jax.Array:
     chosen = {k: place for k, place in enumerate(part.places) if place is not None and place.measured}
     arrays, places = [jnp.asarray(part.leaves[k]) for k in chosen], list(chosen.values())
     # Small leaves are merged: every array that a loop is handed takes time, whether it is read or not.
-    blocks = blocks_of(arrays, [place.first for place in places], places, options.norm.shaped)
+    splits = axes_of(part, part.leaves, options.split)
+    splits = [splits[k] for k in chosen]
+    blocks = blocks_of(arrays, [place.first for place in places], places, splits, options.norm.shaped)
 
     def count(alike: Sequence[Block]) -> jax.Array:
         return jnp.concatenate([_not_finite(block).reshape(-1) for block in alike])
@@ -230,10 +235,10 @@ def _entries(part: Partition, options: Options, bad: jax.Array) -> jax.Array:
         # What depends on the carry cannot be moved out of the loop.
         passed, _ = _mesh.barrier([block.array for block in blocks], wanted)
         own = [block._replace(array=x) for block, x in zip(blocks, passed, strict=True)]
-        return ~wanted, none + across(own, count, len(bad), "sum", options.axis_name)
+        return ~wanted, none + across(own, count, len(bad), "sum")
 
-    none = _mesh.vary_like(jnp.zeros(bad.shape, jnp.int32), arrays, options.axis_name)
-    wanted = _mesh.vary_like(jnp.any(bad), arrays, options.axis_name)
+    none = _mesh.vary_like(jnp.zeros(bad.shape, jnp.int32), arrays, splits)
+    wanted = _mesh.vary_like(jnp.any(bad), arrays, splits)
     # A loop of one pass or none, since of a conditional both branches are run under vmap.
     return lax.while_loop(lambda carry: carry[0], once, (wanted, none))[1]
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _checks, groups as _groups, norms as _norms, responses as _responses
-from optaxclip._apply import AxisName, Nonfinite, Options, apply, checked, measured, table_of
+from optaxclip._apply import Nonfinite, Options, apply, checked, measured, table_of
 from optaxclip._base import Groups, Limit, Norm, PyTree, Response, Stats
 from optaxclip._partition import partition
+from optaxclip._split import AxisName
 from optaxclip.limits import LimitLike, as_limit
 
 
@@ -114,6 +115,7 @@ def rescale_by_norm(
     eps: jax.typing.ArrayLike = 0.0,
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
     out_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Splits an update into groups, measures each, and multiplies it by what the response says.
@@ -133,7 +135,13 @@ def rescale_by_norm(
         that it cannot be overlooked; `"zero"` makes zeros of it. Other groups are untouched either way.
       axis_name: inside `shard_map` or `pmap`, the mesh axes that leaves are split over. Under `jit` alone
         nothing is needed. Where JAX tracks which axes a leaf varies over, each leaf is summed over exactly
-        those; where it does not (`pmap`, `check_vma=False`), every leaf is summed over all of them.
+        those; where it does not (`pmap`, `check_vma=False`), every leaf is summed over all of them, or over
+        those that `specs` names for it. None is an error where JAX knows of a measured leaf that varies;
+        `()` lets each device measure its own part by itself.
+      specs: how leaves are split, where JAX does not track it: a tree prefix of the updates, matched by path,
+        of `jax.sharding.PartitionSpec`, as `in_specs` of `shard_map`; None in it is `P()`. Which axes a leaf
+        is split over is read from it, and not along which dimensions. Without `axis_name` all axes that it
+        names count, with it only those in both. Where JAX does track, the two must agree.
       out_dtype: the dtype that scaled leaves come out in, a real one; complex leaves come out in the complex
         one of the same precision, and what belongs to no group as it is. By default each leaf keeps its own.
         `jnp.float32` in front of an optimizer with moments in float32 saves bfloat16 gradients from being
@@ -146,7 +154,8 @@ def rescale_by_norm(
       TypeError: if an argument is of the wrong type.
       ValueError: if a number is negative or NaN, a choice is unknown, `init` finds the groups inconsistent,
         or `update` gets a tree with another number of rows than `init` or lacks parameters that the limit
-        needs. A state holds arrays and no names: trees with equally many rows cannot be told apart.
+        needs. A state holds arrays and no names: trees with equally many rows cannot be told apart. Inside
+        `shard_map`, if a leaf varies over mesh axes and `axis_name` is missing, or `specs` does not fit.
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> tx = oc.rescale_by_norm(1.0, groups=oc.groups.leaf())
@@ -156,7 +165,7 @@ def rescale_by_norm(
     [0.6 0.8] [0.5] [5.  0.5] [0.2 1. ]
     """
     where = "rescale_by_norm"
-    options = checked(where, groups, norm, response, eps, nonfinite, axis_name, out_dtype)
+    options = checked(where, groups, norm, response, eps, nonfinite, axis_name, specs, out_dtype)
     policy = Policy(as_limit(limit, where), options)
     return optax.GradientTransformationExtraArgs(policy.init, policy.update)
 
@@ -173,6 +182,7 @@ def rescale_tree(
     eps: jax.typing.ArrayLike = 0.0,
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
     out_dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[PyTree, Stats]:
     """Rescales a tree once, without state: the core of `rescale_by_norm`, also under `vmap`.
@@ -188,6 +198,7 @@ def rescale_tree(
       eps: as in `rescale_by_norm`.
       nonfinite: likewise.
       axis_name: likewise.
+      specs: likewise.
       out_dtype: likewise.
 
     Returns:
@@ -208,7 +219,7 @@ def rescale_tree(
     """
     where = "rescale_tree"
     rule = as_limit(limit, where)
-    options = checked(where, groups, norm, response, eps, nonfinite, axis_name, out_dtype)
+    options = checked(where, groups, norm, response, eps, nonfinite, axis_name, specs, out_dtype)
     part = partition(groups, tree)
     state = rule.init(part.table)
     if jax.tree.leaves(state):
@@ -225,6 +236,7 @@ def group_norms(
     norm: Norm = _norms.l2(),
     *,
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> dict[str, jax.Array]:
     """The norm of each group by its name, in natural order, also under `vmap`.
 
@@ -233,6 +245,7 @@ def group_norms(
       groups: one of `optaxclip.groups`.
       norm: one of `optaxclip.norms`.
       axis_name: as in `rescale_by_norm`.
+      specs: likewise.
 
     Returns:
       From the group's name to its norm: float32 (float64 if any leaf is), of shape `()`, or `(rows,)` for
@@ -246,7 +259,7 @@ def group_norms(
     >>> oc.group_norms({"a": jnp.array([3.0, 4.0], jnp.bfloat16)})
     {'a': Array(5., dtype=float32)}
     """
-    options = checked("group_norms", groups, norm, _responses.clip(), 0.0, "propagate", axis_name)
+    options = checked("group_norms", groups, norm, _responses.clip(), 0.0, "propagate", axis_name, specs)
     part = partition(groups, tree)
     if not part.table.names:
         return {}

@@ -8,10 +8,11 @@ import numpy as np
 import optax
 
 from optaxclip import _checks, _mesh, groups as _groups, norms as _norms, responses as _responses
-from optaxclip._apply import AxisName, Options, checked, looked_at
+from optaxclip._apply import Options, checked, looked_at
 from optaxclip._base import Context, Groups, Limit, Norm, PyTree, Table
 from optaxclip._carry import transformation
 from optaxclip._partition import Partition, is_grouped, named_leaves, partition
+from optaxclip._split import AxisName
 from optaxclip.limits import LimitLike, as_limit, mean_std
 
 WHERE, LOSS = "skip_updates", Table(("loss",), np.ones(1), {"loss": (0, 1)})
@@ -71,6 +72,7 @@ def skip_updates(
     watch: Literal["norm", "loss", "both"] = "norm",
     each: bool = False,
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Drops a step whose norm or loss is above its limit or not finite, as if it had never come.
 
@@ -97,6 +99,7 @@ def skip_updates(
         Adam's count, stays only if all groups are dropped; what is kept for a leaf of several groups in
         another shape, such as Adafactor's means, only if all of these are.
       axis_name: mesh axes inside `shard_map` or `pmap`; see `rescale_by_norm`.
+      specs: how leaves are split over them, where JAX keeps no track of it; see `rescale_by_norm`.
 
     Returns:
       A transformation with a `SkipState`.
@@ -129,7 +132,7 @@ def skip_updates(
         raise TypeError(f"{WHERE}: each is {each!r}, of type {type(each).__name__}. Pass True or False.")
     if rule.needs_params and watch != "norm":
         raise ValueError(f"{WHERE}: the limit is relative to parameters and a loss has none. Watch the norm.")
-    options = checked(WHERE, groups, norm, _responses.clip(), 0.0, "propagate", axis_name)
+    options = checked(WHERE, groups, norm, _responses.clip(), 0.0, "propagate", axis_name, specs)
     unlimited = as_limit(np.inf, WHERE)
     norm_rule, loss_rule = (rule if watch in (kind, "both") else unlimited for kind in ("norm", "loss"))
 

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _checks, groups as _groups, norms, responses
-from optaxclip._apply import AxisName, Nonfinite, checked, measured, table_of
+from optaxclip._apply import Nonfinite, checked, measured, table_of
 from optaxclip._base import Groups, Limit, PyTree
 from optaxclip._learning import power_mean
 from optaxclip._partition import Partition, matching, named_leaves, partition
 from optaxclip._read import times, widen
 from optaxclip._rescale import rescale_by_norm
 from optaxclip._scale import scale
+from optaxclip._split import AxisName
 from optaxclip._walk import number, rest, together, walk, zeros
 from optaxclip.limits import as_limit
 
@@ -56,6 +57,7 @@ def scale_by_stable_adam(
     *,
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam's direction, smaller for each leaf whose gradients outgrow their second moment.
 
@@ -83,6 +85,7 @@ def scale_by_stable_adam(
       nonfinite: what becomes of a leaf with a NaN or infinite entry: `"propagate"` makes all of it NaN,
         `"zero"` makes zeros of it.
       axis_name: mesh axes inside `shard_map` or `pmap`; see `rescale_by_norm`.
+      specs: how leaves are split over them, where JAX keeps no track of it; see `rescale_by_norm`.
 
     Returns:
       A transformation with a `ScaleByStableAdamState`.
@@ -110,7 +113,7 @@ def scale_by_stable_adam(
     _checks.within(where, 0, 1, b1=b1, b2=b2)
     _checks.nonnegative(where, eps=eps, weight_decay=weight_decay)
     _checks.positive(where, threshold=threshold)
-    options = checked(where, _groups.leaf(), norms.rms(), responses.clip(), 0.0, nonfinite, axis_name)
+    options = checked(where, _groups.leaf(), norms.rms(), responses.clip(), 0.0, nonfinite, axis_name, specs)
     decays = not (_checks.is_number(weight_decay) and weight_decay == 0)
 
     def init(params: PyTree) -> ScaleByStableAdamState:
@@ -203,6 +206,7 @@ def stable_adamw(
     *,
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW whose learning rate is smaller for each leaf whose gradients outgrow their second moment.
 
@@ -220,6 +224,7 @@ def stable_adamw(
       mask: which parameters decay; see `scale_by_stable_adam`.
       nonfinite: what becomes of a leaf with a NaN or infinite entry; see there.
       axis_name: mesh axes inside `shard_map` or `pmap`; see `rescale_by_norm`.
+      specs: how leaves are split over them, where JAX keeps no track of it; see `rescale_by_norm`.
 
     Returns:
       A transformation; its state is that of `scale_by_stable_adam`, twice as large as the parameters, and
@@ -241,7 +246,7 @@ def stable_adamw(
     """
     return optax.chain(
         scale_by_stable_adam(
-            b1, b2, eps, threshold, weight_decay, mask, nonfinite=nonfinite, axis_name=axis_name
+            b1, b2, eps, threshold, weight_decay, mask, nonfinite=nonfinite, axis_name=axis_name, specs=specs
         ),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -257,6 +262,7 @@ def larc(
     groups: Groups = _groups.leaf(),
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps what the optimizer does to each leaf within a share of the leaf's norm.
 
@@ -279,6 +285,7 @@ def larc(
       groups: which entries share a norm, one of `optaxclip.groups`.
       nonfinite: what becomes of a NaN or an infinity; see `rescale_by_norm`.
       axis_name: mesh axes inside `shard_map` or `pmap`; see `rescale_by_norm`.
+      specs: how leaves are split over them, where JAX keeps no track of it; see `rescale_by_norm`.
 
     Returns:
       A transformation with a `RescaleState`. Its `norm_after` is without the weight decay.
@@ -321,6 +328,7 @@ def larc(
         response=responses.clip() if clip else responses.normalize(),
         nonfinite=nonfinite,
         axis_name=axis_name,
+        specs=specs,
     )
     decays = not (_checks.is_number(weight_decay) and weight_decay == 0)
 
@@ -365,6 +373,7 @@ def lamb_trust_ratio(
     groups: Groups = _groups.leaf(),
     nonfinite: Nonfinite = "propagate",
     axis_name: AxisName = None,
+    specs: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales each leaf to the norm of its parameters, with bounds on the norm and on the ratio.
 
@@ -384,6 +393,7 @@ def lamb_trust_ratio(
       groups: which entries share a norm, one of `optaxclip.groups`.
       nonfinite: what becomes of a NaN or an infinity; see `rescale_by_norm`.
       axis_name: mesh axes inside `shard_map` or `pmap`; see `rescale_by_norm`.
+      specs: how leaves are split over them, where JAX keeps no track of it; see `rescale_by_norm`.
 
     Returns:
       A transformation with a `RescaleState`.
@@ -426,4 +436,5 @@ def lamb_trust_ratio(
         eps=eps,
         nonfinite=nonfinite,
         axis_name=axis_name,
+        specs=specs,
     )

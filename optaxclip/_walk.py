@@ -104,26 +104,25 @@ def across(
     reduce: Callable[[jax.Array, tuple[str, ...]], jax.Array],
     values: Mapping[int, jax.Array],
     leaves: Sequence[Any],
-    axis_name: Sequence[str],
+    splits: Sequence[tuple[str, ...]],
 ) -> dict[int, jax.Array]:
     """What each device found in its part of the leaves, put together: one collective for each set of axes.
 
     Args:
       reduce: `jax.lax.psum`, or another of its kind.
       values: arrays, by the place of the leaf that they are about.
-      leaves: the leaves, which say over which axes they are split.
-      axis_name: manual mesh axes; a leaf that is whole on all devices of an axis is counted once.
+      leaves: the leaves.
+      splits: the manual mesh axes that each leaf is split over.
     """
     found, alike = dict(values), collections.defaultdict(list)
     for k, x in values.items():
         apart = k if _mesh.is_partitioned(jnp.asarray(leaves[k])) else None  # not to be merged with others
-        alike[_mesh.varying_axes(leaves[k]), x.dtype, apart].append(k)
-    for own in alike.values():
-        split = _mesh.split_axes(leaves[own[0]], axis_name)
+        alike[splits[k], x.dtype, apart].append(k)
+    for (split, *_), own in alike.items():
         if split:
             ends = np.cumsum([values[k].size for k in own])[:-1]
             flat = jnp.concatenate([values[k].ravel() for k in own]) if len(own) > 1 else values[own[0]]
-            parts = jnp.split(reduce(flat, tuple(sorted(split))).ravel(), ends)
+            parts = jnp.split(reduce(flat, split).ravel(), ends)
             found |= {k: x.reshape(values[k].shape) for k, x in zip(own, parts, strict=True)}
     return found
 

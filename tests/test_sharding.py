@@ -251,9 +251,9 @@ def test_unchecked_shard_map_sums_every_leaf_over_all_axes():
     np.testing.assert_allclose(state.norm, [4.0, 8.0])
 
 
-def test_without_axis_name_each_device_clips_its_own_part():
-    """Inside shard_map nothing is summed over devices unless axis_name says so."""
-    tx = oc.clip_by_global_norm(1.0)
+def test_without_axes_each_device_clips_its_own_part():
+    """Inside shard_map nothing is summed over devices where axis_name says that nothing is to be."""
+    tx = oc.clip_by_global_norm(1.0, axis_name=())
     mapped = jax.shard_map(
         lambda x: tx.update(x, tx.init(x))[0], mesh=mesh_of("auto"), in_specs=P("data"), out_specs=P("data")
     )

@@ -75,7 +75,7 @@ def policy_like(
         )
     groups = _groups.whole() if groups is None else groups
     response = _responses.clip() if response is None else response
-    options = checked(where, groups, norm_called(norm), response, eps, nonfinite, None)
+    options = checked(where, groups, norm_called(norm), response, eps, nonfinite)
     return Policy(as_limit(limit, where), options)
 
 

@@ -1,0 +1,135 @@
+"""Over which manual mesh axes leaves are split: what JAX knows, and what `axis_name` and `specs` say."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+from jax.sharding import PartitionSpec
+
+from optaxclip import _checks, _mesh
+from optaxclip._base import PyTree
+from optaxclip._partition import Partition, named_leaves
+
+AxisName: TypeAlias = str | Sequence[str] | None
+Axes: TypeAlias = tuple[str, ...]
+
+
+class Split(NamedTuple):
+    """What a public function was told.
+
+    Attributes:
+      where: the function, for errors.
+      axis_name: the mesh axes that count, or None if that was left to `specs`, or to nothing.
+      specs: the specification of each subtree, by the keys of its path; None if there are none.
+    """
+
+    where: str
+    axis_name: Axes | None
+    specs: dict[tuple[str, ...], PartitionSpec] | None
+
+    @property
+    def axes(self) -> Axes:
+        """The mesh axes that leaves may be split over."""
+        if self.axis_name is not None:
+            return self.axis_name
+        return tuple(dict.fromkeys(axis for spec in (self.specs or {}).values() for axis in named_in(spec)))
+
+
+def told(where: str, axis_name: AxisName, specs: PyTree = None) -> Split:
+    """What the public arguments say, or an error that names the one at fault."""
+    if axis_name is not None:
+        axis_name = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    if specs is None:
+        return Split(where, axis_name, None)
+    specs = jax.tree.map(lambda x: PartitionSpec() if x is None else x, specs, is_leaf=lambda x: x is None)
+    by_keys = {}
+    for leaf in named_leaves(specs):
+        if not isinstance(leaf.value, PartitionSpec):
+            raise TypeError(
+                f"{where}: specs has {leaf.value!r} at {leaf.path!r}, of type {type(leaf.value).__name__}. "
+                "Pass a tree of jax.sharding.PartitionSpec."
+            )
+        if PartitionSpec.UNCONSTRAINED in leaf.value or getattr(leaf.value, "unreduced", None):
+            raise ValueError(
+                f"{where}: specs has {leaf.value} at {leaf.path!r}, which does not say how a value is split. "
+                "Name the mesh axes, or None, for each dimension."
+            )
+        by_keys[leaf.keys] = leaf.value
+    return Split(where, axis_name, by_keys)
+
+
+def named_in(spec: PartitionSpec) -> Axes:
+    """The mesh axes that a specification names."""
+    parts = (part if isinstance(part, tuple) else (part,) for part in spec)
+    return tuple(axis for part in parts for axis in part if axis is not None)
+
+
+def axes_of(part: Partition, leaves: Sequence[Any], split: Split) -> tuple[Axes, ...]:
+    """For each leaf the mesh axes that its parts are to be summed over, sorted.
+
+    Args:
+      part: the updates, taken apart.
+      leaves: their leaves, or others of the same paths and shapes.
+      split: what the public function was told.
+
+    Raises:
+      ValueError: if a measured leaf varies over an axis and nothing was told, if what was told is not what
+        JAX knows, or if no specification is for the leaf.
+    """
+    measured = [k for k, place in enumerate(part.places) if place is not None and place.measured]
+    varying = {k: _mesh.varying_axes(leaves[k]) for k in measured}
+    if split.axis_name is None and split.specs is None:
+        _check_whole(part, varying, split.where)
+        return ((),) * len(leaves)
+    specs = None if split.specs is None else _by_leaf(part, split)
+    axes = frozenset(split.axes)
+    tracked = _mesh.tracked_axes(axes)
+    found: list[Axes] = [()] * len(leaves)
+    for k, known in varying.items():
+        own = axes - (tracked - known)
+        if specs is not None:
+            own = axes & set(named_in(specs[k]))
+            seen = known if split.axis_name is None else known & axes
+            if own & tracked != seen:
+                raise ValueError(
+                    f"{split.where}: leaf {part.paths[k]!r} varies over the mesh axes {_listed(seen)}; of "
+                    f"these that count, {specs[k]} names {_listed(own & tracked)}. Correct specs, or average "
+                    "gradients first over the axes that only the batch is split over."
+                )
+        found[k] = tuple(sorted(own))
+    return tuple(found)
+
+
+def _check_whole(part: Partition, varying: dict[int, frozenset[str]], where: str) -> None:
+    some = [k for k, axes in varying.items() if axes]
+    if some:
+        own, union = (_listed(frozenset().union(*(varying[k] for k in few))) for few in (some[:1], some))
+        raise ValueError(
+            f"{where}: leaf {part.paths[some[0]]!r} varies over the mesh axes {own}, as {len(some)} of "
+            f"{len(varying)} leaves vary, and axis_name is missing. Pass axis_name={union} to measure the "
+            "parts of all devices together, or axis_name=() to have each device measure its own. Gradients "
+            "that are not yet averaged over an axis vary over it too: average them first."
+        )
+
+
+def _by_leaf(part: Partition, split: Split) -> list[PartitionSpec]:
+    """The specification of each leaf: that of the smallest subtree it is in."""
+    # By path, so that containers may differ; the tree's own, which the names of groups may replace.
+    own = named_leaves(jax.tree.unflatten(part.treedef, range(len(part.paths))))
+    assert split.specs is not None
+    found = []
+    for leaf, place in zip(own, part.places, strict=True):
+        above = (leaf.keys[:n] for n in range(len(leaf.keys), -1, -1))
+        spec = next((split.specs[keys] for keys in above if keys in split.specs), None)
+        if spec is None and place is not None:
+            known = _checks.listed("/".join(keys) for keys in split.specs)
+            raise ValueError(
+                f"{split.where}: specs has none for leaf {leaf.path!r}, among {known or 'nothing'}. Pass a "
+                "tree prefix of the updates, as in_specs of shard_map."
+            )
+        found.append(spec or PartitionSpec())
+    return found
+
+
+def _listed(axes: frozenset[str] | set[str]) -> str:
+    return repr(tuple(sorted(axes)))
