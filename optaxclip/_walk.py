@@ -108,6 +108,8 @@ def across(
 ) -> dict[int, jax.Array]:
     """What each device found in its part of the leaves, put together: one collective for each set of axes.
 
+    Leaves that vary over different axes are not sent together, so that each keeps its type.
+
     Args:
       reduce: `jax.lax.psum`, or another of its kind.
       values: arrays, by the place of the leaf that they are about.
@@ -117,7 +119,7 @@ def across(
     found, alike = dict(values), collections.defaultdict(list)
     for k, x in values.items():
         apart = k if _mesh.is_partitioned(jnp.asarray(leaves[k])) else None  # not to be merged with others
-        alike[splits[k], x.dtype, apart].append(k)
+        alike[splits[k], _mesh.varying_axes(leaves[k]), x.dtype, apart].append(k)
     for (split, *_), own in alike.items():
         if split:
             ends = np.cumsum([values[k].size for k in own])[:-1]
