@@ -81,7 +81,7 @@ def axes_of(part: Partition, leaves: Sequence[Any], split: Split) -> tuple[Axes,
     if split.axis_name is None and split.specs is None:
         _check_whole(part, varying, split.where)
         return ((),) * len(leaves)
-    specs = None if split.specs is None else _by_leaf(part, split)
+    specs = None if split.specs is None else _by_leaf(part, split.where, split.specs)
     axes = frozenset(split.axes)
     tracked = _mesh.tracked_axes(axes)
     found: list[Axes] = [()] * len(leaves)
@@ -92,8 +92,8 @@ def axes_of(part: Partition, leaves: Sequence[Any], split: Split) -> tuple[Axes,
             seen = known if split.axis_name is None else known & axes
             if own & tracked != seen:
                 raise ValueError(
-                    f"{split.where}: leaf {part.paths[k]!r} varies over the mesh axes {_listed(seen)}; of "
-                    f"these that count, {specs[k]} names {_listed(own & tracked)}. Correct specs, or average "
+                    f"{split.where}: leaf {part.paths[k]!r} varies over the mesh axes {_listed(seen)}, and "
+                    f"its specification, {specs[k]}, names {_listed(own & tracked)}. Correct specs, or average "
                     "gradients first over the axes that only the batch is split over."
                 )
         found[k] = tuple(sorted(own))
@@ -112,19 +112,18 @@ def _check_whole(part: Partition, varying: dict[int, frozenset[str]], where: str
         )
 
 
-def _by_leaf(part: Partition, split: Split) -> list[PartitionSpec]:
+def _by_leaf(part: Partition, where: str, specs: dict[tuple[str, ...], PartitionSpec]) -> list[PartitionSpec]:
     """The specification of each leaf: that of the smallest subtree it is in."""
     # By path, so that containers may differ; the tree's own, which the names of groups may replace.
     own = named_leaves(jax.tree.unflatten(part.treedef, range(len(part.paths))))
-    assert split.specs is not None
     found = []
     for leaf, place in zip(own, part.places, strict=True):
         above = (leaf.keys[:n] for n in range(len(leaf.keys), -1, -1))
-        spec = next((split.specs[keys] for keys in above if keys in split.specs), None)
+        spec = next((specs[keys] for keys in above if keys in specs), None)
         if spec is None and place is not None:
-            known = _checks.listed("/".join(keys) for keys in split.specs)
+            known = _checks.listed("/".join(keys) for keys in specs)
             raise ValueError(
-                f"{split.where}: specs has none for leaf {leaf.path!r}, among {known or 'nothing'}. Pass a "
+                f"{where}: specs has none for leaf {leaf.path!r}, among {known or 'nothing'}. Pass a "
                 "tree prefix of the updates, as in_specs of shard_map."
             )
         found.append(spec or PartitionSpec())

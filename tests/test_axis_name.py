@@ -408,8 +408,8 @@ def test_an_unknown_axis_is_an_error():
 def test_gradients_that_are_not_averaged_are_an_error():
     """A leaf that varies over an axis that its specification does not name is found, where JAX tracks it."""
     message = (
-        r"^rescale_by_norm: leaf 'whole' varies over the mesh axes \('data',\); of these that count, "
-        r".*\(\) names \(\)\. Correct specs, or average gradients first"
+        r"^rescale_by_norm: leaf 'whole' varies over the mesh axes \('data',\), and its "
+        r"specification, .*\(\), names \(\)\. Correct specs, or average gradients first"
     )
     for options in ({}, {"axis_name": ("data", "model")}):
         with pytest.raises(ValueError, match=message):
@@ -422,7 +422,7 @@ def test_gradients_that_are_not_averaged_are_an_error():
 def test_a_leaf_that_is_not_split_as_specs_say_is_an_error():
     """So is one that is the same on all devices."""
     message = (
-        r"leaf 'split' varies over the mesh axes \(\); of these that count, .*'data'.* names \('data',\)"
+        r"leaf 'split' varies over the mesh axes \(\), and its specification, .*'data'.*, names \('data',\)"
     )
     with pytest.raises(ValueError, match=message):
         mapped(clip(specs=TWO_SPECS), (P(),), (P(), P()))(TWO)
