@@ -10,7 +10,7 @@ import optax
 
 from optaxclip import _mesh, groups as _groups
 from optaxclip._base import Leaf, PyTree
-from optaxclip._partition import is_grouped, named_leaves, partition
+from optaxclip._partition import Place, is_grouped, named_leaves, partition
 from optaxclip._read import times, widen
 from optaxclip._split import AxisName, axes_of, told
 from optaxclip._walk import across, number, real_dtype, together
@@ -107,7 +107,10 @@ def centralize(
             () if place is None else mean_over(Leaf(path, (), leaf))
             for leaf, path, place in zip(part.leaves, part.paths, part.places, strict=True)
         ]
-        places = tuple(place if axes else None for place, axes in zip(part.places, means, strict=True))
+        places = tuple(
+            Place(tuple(a for a in range(leaf.ndim) if a not in axes), 0, True, True) if axes else None
+            for leaf, axes in zip(part.leaves, means, strict=True)
+        )
         splits = axes_of(part._replace(places=places), part.leaves, split)
         chosen = {}
         for k, (leaf, axes) in enumerate(zip(part.leaves, means, strict=True)):

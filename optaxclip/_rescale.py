@@ -139,9 +139,9 @@ def rescale_by_norm(
         those that `specs` names for it. None is an error where JAX knows of a measured leaf that varies;
         `()` lets each device measure its own part by itself.
       specs: how leaves are split, where JAX does not track it: a tree prefix of the updates, matched by path,
-        of `jax.sharding.PartitionSpec`, as `in_specs` of `shard_map`; None in it is `P()`. Which axes a leaf
-        is split over is read from it, and not along which dimensions. Without `axis_name` all axes that it
-        names count, with it only those in both. Where JAX does track, the two must agree.
+        of `jax.sharding.PartitionSpec`, as `in_specs` of `shard_map`; None in it is `P()`. Only which axes a
+        leaf is split over counts, not along which dimensions. Without `axis_name` all axes that it names
+        count, with it only those in both. Where JAX does track, the two must agree.
       out_dtype: the dtype that scaled leaves come out in, a real one; complex leaves come out in the complex
         one of the same precision, and what belongs to no group as it is. By default each leaf keeps its own.
         `jnp.float32` in front of an optimizer with moments in float32 saves bfloat16 gradients from being

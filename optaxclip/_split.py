@@ -74,7 +74,7 @@ def axes_of(part: Partition, leaves: Sequence[Any], split: Split) -> tuple[Axes,
 
     Raises:
       ValueError: if a measured leaf varies over an axis and nothing was told, if what was told is not what
-        JAX knows, or if no specification is for the leaf.
+        JAX knows or would add up rows of different groups, or if no specification is for the leaf.
     """
     measured = [k for k, place in enumerate(part.places) if place is not None and place.measured]
     varying = {k: _mesh.varying_axes(leaves[k]) for k in measured}
@@ -90,12 +90,7 @@ def axes_of(part: Partition, leaves: Sequence[Any], split: Split) -> tuple[Axes,
         if specs is not None:
             own = axes & set(named_in(specs[k]))
             seen = known if split.axis_name is None else known & axes
-            if own & tracked != seen:
-                raise ValueError(
-                    f"{split.where}: leaf {part.paths[k]!r} varies over the mesh axes {_listed(seen)}, and "
-                    f"its specification, {specs[k]}, names {_listed(own & tracked)}. Correct specs, or average "
-                    "gradients first over the axes that only the batch is split over."
-                )
+            _check_spec(part, k, split.where, specs[k], own & tracked, seen)
         found[k] = tuple(sorted(own))
     return tuple(found)
 
@@ -110,6 +105,27 @@ def _check_whole(part: Partition, varying: dict[int, frozenset[str]], where: str
             "parts of all devices together, or axis_name=() to have each device measure its own. Gradients "
             "that are not yet averaged over an axis vary over it too: average them first."
         )
+
+
+def _check_spec(
+    part: Partition, k: int, where: str, spec: PartitionSpec, own: frozenset[str], seen: frozenset[str]
+) -> None:
+    """Holds the axes of a specification that JAX keeps track of against those that it sees."""
+    if own != seen:
+        raise ValueError(
+            f"{where}: leaf {part.paths[k]!r} varies over the mesh axes {_listed(seen)}, and its "
+            f"specification, {spec}, names {_listed(own)}. Correct specs, or average gradients first over "
+            "the axes that only the batch is split over."
+        )
+    place = part.places[k]
+    for axis in () if place is None else place.axes:
+        apart = own & set(named_in(PartitionSpec(*spec[axis : axis + 1])))
+        if apart:
+            raise ValueError(
+                f"{where}: leaf {part.paths[k]!r} has a group for each index of dimension {axis}, which its "
+                f"specification, {spec}, splits over {_listed(apart)}: those of one device are not those of "
+                "another. Leave these axes out of axis_name."
+            )
 
 
 def _by_leaf(part: Partition, where: str, specs: dict[tuple[str, ...], PartitionSpec]) -> list[PartitionSpec]:

@@ -428,6 +428,22 @@ def test_a_leaf_that_is_not_split_as_specs_say_is_an_error():
         mapped(clip(specs=TWO_SPECS), (P(),), (P(), P()))(TWO)
 
 
+@pytest.mark.parametrize("make", [functools.partial(oc.clip_by_unitwise_norm, 1.0), oc.centralize])
+def test_axes_that_split_the_groups_of_a_leaf_must_not_count(make):
+    """Units of one device are not those of another: an error where JAX keeps track, or left out by name."""
+    specs, kernel = P("data", "model"), jnp.asarray(PARAMS["embed"]["table"])
+
+    def update(x, **options):
+        tx = make(**options)
+        return tx.update({"w": x}, tx.init({"w": x}))[0]["w"]
+
+    with pytest.raises(ValueError, match=r"leaf 'w' has a group .* dimension 1, .* over \('model',\): those"):
+        mapped(functools.partial(update, specs=specs), specs, specs)(kernel)
+    for check_vma in (False, True):
+        step = functools.partial(update, specs=specs, axis_name="data")
+        assert_same(mapped(step, specs, specs, check_vma=check_vma)(kernel), update(kernel), 1e-5, 1e-6)
+
+
 MISFITS = [
     (
         {"split": P("data")},
