@@ -1,6 +1,7 @@
 """The command: `python -m benchmarks --help`."""
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -10,16 +11,16 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import environment, methods, report, suites, trees
+from benchmarks import environment, figure as figures, methods, references, report, suites, trees
 from benchmarks.results import Row
 
 app = typer.Typer(add_completion=False)
-DTYPES = ("float32", "bfloat16")
+DTYPES = tuple(trees.GRADS)
 DISK_CACHE = "jax_enable_compilation_cache"
 
 
-def _choices(option: str, text: str, known: Sequence[str]) -> list[str]:
-    chosen = [name.strip() for name in text.split(",")] if text != "all" else list(known)
+def _choices(option: str, text: str, known: Sequence[str], usual: Sequence[str] | None = None) -> list[str]:
+    chosen = [name.strip() for name in text.split(",")] if text != "all" else list(usual or known)
     for name in chosen:
         if name not in known:
             raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}.", param_hint=option)
@@ -49,16 +50,25 @@ def _measured(tree_names: list[str], dtypes: list[str], plan: suites.Plan, conso
         auto_refresh=False,
         transient=True,
     )
+    settings = [(trees.ALL[name], dtype) for name in tree_names for dtype in dtypes]
+    models = suites.MODELS if "train" in plan.suites else {}
     with bar, _without_disk_cache():
-        task = bar.add_task("", total=len(tree_names) * len(dtypes) * plan.ticks())
-        for name in tree_names:
-            for dtype in dtypes:
+        task = bar.add_task("", total=len(settings) + len(models))
 
-                def tick(what: str, where: str = f"{name} {dtype}") -> None:
-                    bar.update(task, advance=1, description=f"{where}: {what}", refresh=True)
+        def tick(where: str, what: str) -> None:
+            bar.update(task, description=f"{where}: {what}", refresh=True)
 
-                rows += suites.run(trees.ALL[name], dtype, plan, tick)
-                jax.clear_caches()
+        def done(measured: list[Row]) -> None:
+            rows.extend(measured)
+            bar.update(task, advance=1)
+            jax.clear_caches()
+
+        for tree, dtype in settings:
+            # How long a program compiles depends little on the dtype.
+            own = plan if dtype == dtypes[0] else plan.without("compile")
+            done(suites.run(tree, dtype, own, functools.partial(tick, f"{tree.name} {dtype}")))
+        for model in models:
+            done(suites.train(model, plan, functools.partial(tick, model)))
     return rows
 
 
@@ -67,14 +77,15 @@ def main(
     tree: Annotated[str, typer.Option("--trees", help=f"Some of {', '.join(trees.ALL)}.")] = "all",
     method: Annotated[str, typer.Option("--methods", help=f"Some of {', '.join(methods.OURS)}.")] = "all",
     suite: Annotated[str, typer.Option("--suites", help=f"Some of {', '.join(suites.SUITES)}.")] = "all",
-    dtype: Annotated[str, typer.Option(help=f"Some of {', '.join(DTYPES)}.")] = "float32",
+    dtype: Annotated[str, typer.Option(help=f"Some of {', '.join(DTYPES)}.")] = "all",
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each program.")] = 15,
     compile_rounds: Annotated[int, typer.Option(min=1, help="Compilations of each program.")] = 3,
     quick: Annotated[bool, typer.Option("--quick", help="3 rounds of short measurements.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write everything to this file.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the tables to this file.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw the ratios into this file.")] = None,
 ) -> None:
-    """Measures optaxclip beside Optax: run time, trace and compile time, temporary memory, as ratios.
+    """Measures optaxclip beside Optax, PyTorch and C: time, compile time, memory and kernels, as ratios.
 
     Options that take several names take them with commas between.
     """
@@ -87,12 +98,16 @@ def main(
         compile_rounds=compile_rounds,
         seconds=0.01 if quick else 0.03,
     )
-    tree_names, dtypes = _choices("--trees", tree, tuple(trees.ALL)), _choices("--dtype", dtype, DTYPES)
+    tree_names, dtypes = (
+        _choices("--trees", tree, tuple(trees.ALL), trees.USUAL),
+        _choices("--dtype", dtype, DTYPES),
+    )
     chosen = {*tree_names, *dtypes, *plan.suites, *(method.name for method in plan.methods)}
     everything = [*trees.ALL, *DTYPES, *suites.SUITES, *methods.OURS]
     left_out = [name for name in everything if name not in chosen]
     # The load is taken before this run adds to it.
-    where = environment.describe() | {"rounds": rounds, "left out": ", ".join(left_out) or "nothing"}
+    where = environment.describe() | references.versions()
+    where |= {"rounds": rounds, "left out": ", ".join(left_out) or "nothing"}
     console = Console()
     rows = _measured(tree_names, dtypes, plan, console)
     console.print(report.sentence(where))
@@ -102,6 +117,8 @@ def main(
         report.write_json(json, rows, where)
     if markdown is not None:
         report.write_markdown(markdown, report.markdown(rows, where))
+    if figure is not None:
+        figures.draw(rows, where).savefig(figure)
 
 
 if __name__ == "__main__":

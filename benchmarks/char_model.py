@@ -23,6 +23,7 @@ class Shape(NamedTuple):
     heads: int = 4
     context: int = 48
     batch: int = 16
+    vocabulary: int = VOCABULARY
 
 
 def text() -> np.ndarray:
@@ -58,7 +59,7 @@ def initial(shape: Shape, seed: int) -> Params:
     def scale() -> dict[str, jax.Array]:
         return {"scale": jnp.ones(shape.width, jnp.float32)}
 
-    params: Params = {"characters": table(VOCABULARY), "places": table(shape.context)}
+    params: Params = {"characters": table(shape.vocabulary), "places": table(shape.context)}
     for k in range(shape.layers):
         params |= {
             f"block_{k}/norm_1": scale(),
@@ -68,11 +69,11 @@ def initial(shape: Shape, seed: int) -> Params:
             f"block_{k}/up": dense(shape.width, 4 * shape.width),
             f"block_{k}/down": dense(4 * shape.width, shape.width, gain=0.5),
         }
-    return params | {"norm": scale(), "head": dense(shape.width, VOCABULARY)}
+    return params | {"norm": scale(), "head": dense(shape.width, shape.vocabulary)}
 
 
 def loss(params: Params, passages: jax.Array, shape: Shape) -> jax.Array:
-    """The mean cross-entropy of each next character, in nats; `passages` is `(batch, context + 1)`, uint8."""
+    """The mean cross-entropy of each next character, in nats; `passages` has shape `(batch, context + 1)`."""
     known, following = passages[:, :-1], passages[:, 1:].astype(jnp.int32)
     x = params["characters"]["embedding"][known] + params["places"]["embedding"]
     for k in range(shape.layers):

@@ -15,13 +15,18 @@ def describe() -> dict[str, str | int]:
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax", "optaxclip")}
     return {
         "device": f"{device.platform}: {_processor() if device.platform == 'cpu' else device.device_kind}",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0,
+        "cores": cores(),
         "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown",
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **versions,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:

@@ -10,6 +10,8 @@ from benchmarks.trees import Tree
 
 LIMIT = 1.0  # far below the norm of any leaf of standard normal entries
 RATIO = 0.01  # of update to parameters, for adaptive clipping
+MANY = 300  # leaves; beyond, each program takes long to compile, and only what has a target there is measured
+ADAPTIVE = ("autoclip", "zclip", "adagc")
 
 
 class Method(NamedTuple):
@@ -18,15 +20,23 @@ class Method(NamedTuple):
     Attributes:
       name: what the command line and the tables call it.
       build: makes the transformation for a tree.
-      against: the peer: the Optax method for the same purpose, or global clipping for adaptive limits; None
-        for Optax's own and for no clipping.
+      against: what it is compared with: others' methods or references for the same purpose, and global
+        clipping for what should cost no more.
       needs_params: whether `update` reads parameters.
+      leaves: the largest tree to measure it on.
+      only: the dtypes to measure it with, if not all.
     """
 
     name: str
     build: Callable[[Tree], optax.GradientTransformation]
-    against: str | None = None
+    against: tuple[str, ...] = ()
     needs_params: bool = False
+    leaves: int = MANY
+    only: str | None = None
+
+    def fits(self, tree: Tree, dtype: str) -> bool:
+        """Whether to measure it there."""
+        return tree.leaves <= self.leaves and self.only in (None, dtype)
 
 
 def _each(tree: Tree, groups: oc.Groups) -> oc.Groups:
@@ -34,31 +44,43 @@ def _each(tree: Tree, groups: oc.Groups) -> oc.Groups:
     return groups if tree.stacked is None else oc.groups.stacked(groups, tree.stacked)
 
 
-def _layerwise(tree: Tree) -> optax.GradientTransformation:
-    return oc.clip_by_groupwise_norm(LIMIT, _each(tree, oc.groups.layer()))
-
-
-def _leafwise(tree: Tree) -> optax.GradientTransformation:
-    return oc.clip_by_groupwise_norm(LIMIT, _each(tree, oc.groups.leaf()))
+def _grouped(groups: oc.Groups) -> Callable[[Tree], optax.GradientTransformation]:
+    return lambda tree: oc.clip_by_groupwise_norm(LIMIT, _each(tree, groups))
 
 
 def _adaptive(tree: Tree) -> optax.GradientTransformation:
     return oc.adaptive_grad_clip(RATIO, groups=_each(tree, oc.groups.unit()))
 
 
+def _partition(tree: Tree) -> optax.GradientTransformation:
+    """Optax's global clipping of each layer by itself; of stacked layers, of all together."""
+    labels = {layer: dict.fromkeys(leaves, layer) for layer, leaves in tree.shapes.items()}
+    return optax.partition({layer: optax.clip_by_global_norm(LIMIT) for layer in tree.shapes}, labels)
+
+
+def _recorded_clip(tree: Tree) -> optax.GradientTransformation:
+    return optax.chain(oc.record(), oc.clip_by_global_norm(LIMIT))
+
+
+OTHERS = ("optax_global", "torch_global")
+BOTH = ("global", "optax_global")
 ALL = {
     method.name: method
     for method in (
-        Method("none", lambda tree: optax.identity()),
-        Method("optax_global", lambda tree: optax.clip_by_global_norm(LIMIT)),
-        Method("global", lambda tree: oc.clip_by_global_norm(LIMIT), "optax_global"),
-        Method("layerwise", _layerwise, "optax_global"),
-        Method("leafwise", _leafwise, "optax_global"),
+        Method("none", lambda tree: optax.identity(), leaves=2_000),
+        Method("optax_global", lambda tree: optax.clip_by_global_norm(LIMIT), leaves=2_000),
+        Method("global", lambda tree: oc.clip_by_global_norm(LIMIT), OTHERS, leaves=10_000),
+        Method("layerwise", _grouped(oc.groups.layer()), (*BOTH, "optax_partition"), leaves=10_000),
+        Method("leafwise", _grouped(oc.groups.leaf()), (*BOTH, "torch_leafwise"), leaves=10_000),
+        Method("unitwise", _grouped(oc.groups.unit()), BOTH, leaves=10_000),
+        Method("optax_partition", _partition),
+        Method("adaptive", _adaptive, ("global", "optax_adaptive"), needs_params=True),
         Method("optax_adaptive", lambda tree: optax.adaptive_grad_clip(RATIO), needs_params=True),
-        Method("adaptive", _adaptive, "optax_adaptive", needs_params=True),
-        Method("autoclip", lambda tree: oc.autoclip(), "global"),
-        Method("zclip", lambda tree: oc.zclip(), "global"),
-        Method("adagc", lambda tree: oc.adagc(groups=_each(tree, oc.groups.leaf())), "global"),
+        Method("autoclip", lambda tree: oc.autoclip(), ("global",)),
+        Method("zclip", lambda tree: oc.zclip(), ("global",)),
+        Method("adagc", lambda tree: oc.adagc(groups=_each(tree, oc.groups.leaf())), ("global",)),
+        Method("record", lambda tree: oc.record(), ("global",)),
+        Method("record_clip", _recorded_clip, ("global",)),
     )
 }
 
@@ -68,6 +90,6 @@ OURS = tuple(name for name, method in ALL.items() if method.against)
 def selected(names: list[str]) -> list[Method]:
     """The methods of these names with what they are compared with, in the order of `ALL`."""
     wanted = {"none", *names}
-    while peers := {peer for name in wanted if (peer := ALL[name].against)} - wanted:
+    while peers := {peer for name in wanted for peer in ALL[name].against if peer in ALL} - wanted:
         wanted |= peers
     return [method for name, method in ALL.items() if name in wanted]

@@ -1,16 +1,18 @@
-"""The two programs that are timed, for one method: a training step, and the clip alone."""
+"""The programs that are timed: a clip in a training step and alone, and what they are held against."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
 import optax
 
-from benchmarks import trees
+from benchmarks import char_model, trees
 from benchmarks.methods import Method
 from benchmarks.trees import Tree
 
 ADAMW = optax.adamw(1e-3)
+FACTOR = 1 - 2.0**-8  # of `scaled`: the nearest to 1 that bfloat16 has, so that entries stay ordinary numbers
 
 
 class Program(NamedTuple):
@@ -31,13 +33,40 @@ def step(method: Method, tree: Tree, dtype: str) -> Program:
     optimizer = optax.chain(method.build(tree), ADAMW)
 
     def run(params, adam, clip, grads):
-        updates, state = optimizer.update(grads, (clip, adam), params)
-        clip, adam = cast(tuple[Any, Any], state)
-        return optax.apply_updates(params, updates), adam, clip
+        return _updated(optimizer, params, adam, clip, grads)
 
-    params = trees.specs(tree, dtype)
+    params = trees.specs(tree, trees.PARAMS[dtype])
     clip, adam = cast(tuple[Any, Any], jax.eval_shape(optimizer.init, params))
-    return Program(jax.jit(run, donate_argnums=(0, 1, 2)), (params, adam, clip, params))
+    args = params, adam, clip, trees.specs(tree, trees.GRADS[dtype])
+    return Program(jax.jit(run, donate_argnums=(0, 1, 2)), args)
+
+
+def train(method: Method, shape: char_model.Shape) -> Program:
+    """`(params, adam, clip, passages) -> (params, adam, clip)`: a whole step of a transformer."""
+    tree = transformer(shape)
+    optimizer = optax.chain(method.build(tree), ADAMW)
+
+    def run(params, adam, clip, passages):
+        grads = jax.grad(char_model.loss)(params, passages, shape)
+        return _updated(optimizer, params, adam, clip, grads)
+
+    params = trees.specs(tree, "float32")
+    clip, adam = cast(tuple[Any, Any], jax.eval_shape(optimizer.init, params))
+    passages = jax.ShapeDtypeStruct((shape.batch, shape.context + 1), "int32")
+    return Program(jax.jit(run, donate_argnums=(0, 1, 2)), (params, adam, clip, passages))
+
+
+@functools.cache
+def transformer(shape: char_model.Shape) -> Tree:
+    """The parameters of the transformer."""
+    params = jax.eval_shape(functools.partial(char_model.initial, shape, 0))
+    return Tree("transformer", {layer: {k: x.shape for k, x in own.items()} for layer, own in params.items()})
+
+
+def _updated(optimizer: optax.GradientTransformation, params: Any, adam: Any, clip: Any, grads: Any) -> Any:
+    updates, state = optimizer.update(grads, (clip, adam), params)
+    clip, adam = cast(tuple[Any, Any], state)
+    return optax.apply_updates(params, updates), adam, clip
 
 
 def alone(method: Method, tree: Tree, dtype: str) -> Program:
@@ -50,9 +79,21 @@ def alone(method: Method, tree: Tree, dtype: str) -> Program:
     def run(grads, clip, params):
         return transformation.update(grads, clip, params)
 
-    grads = trees.specs(tree, dtype)
+    grads = trees.specs(tree, trees.GRADS[dtype])
     clip = jax.eval_shape(transformation.init, grads)
     return Program(jax.jit(run, donate_argnums=(0, 1)), (grads, clip, grads if method.needs_params else None))
+
+
+def identity(tree: Tree, dtype: str) -> Program:
+    """`grads -> grads`, donated: what it takes to call a program with that many leaves."""
+    return Program(jax.jit(lambda grads: grads, donate_argnums=0), (trees.specs(tree, trees.GRADS[dtype]),))
+
+
+def scaled(tree: Tree, dtype: str) -> Program:
+    """`array -> array`, donated: one read and one write of one array as large as the tree."""
+    array = jax.ShapeDtypeStruct((tree.entries,), trees.GRADS[dtype])
+    factor = array.dtype.type(FACTOR)
+    return Program(jax.jit(lambda array: array * factor, donate_argnums=0), (array,))
 
 
 def temporary_bytes(compiled: Any) -> int:

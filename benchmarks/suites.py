@@ -1,23 +1,31 @@
-"""What is measured: a training step, the clip alone, tracing and compiling it, and temporary memory."""
+"""What is measured: a step and the clip alone, their compilation, memory and kernels; and training."""
 
 import functools
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from benchmarks import programs, results, timing, trees
+from benchmarks import char_model, hlo, programs, references, results, timing, trees
 from benchmarks.methods import Method
-from benchmarks.results import Row
+from benchmarks.results import Row, Setting
+from benchmarks.runs import Clipping, Training
 from benchmarks.trees import Tree
 
-SUITES = ("step", "alone", "compile", "memory")
+SUITES = ("step", "alone", "compile", "memory", "launches", "train")
+COUNTED = ("memory", "launches")  # without a clock
 # The standard deviation of the gradients. Every leaf has a norm above every limit, or none has.
 CASES = {"clips": 1.0, "idle": 2.0**-24}
-REGROWTH = 4  # exact in every dtype
 WARM_UP = Tree("warm_up", {"dense": {"kernel": (8, 8), "bias": (8,)}})
+MODELS = {
+    "characters": char_model.Shape(),
+    "gpt2_like": char_model.Shape(width=256, layers=4, context=64, batch=8, vocabulary=50_257),
+}
+LARGE = 1_000  # leaves; from here on Optax takes long to compile, and once is enough
+TRAINED = ("none", "optax_global", "global", "layerwise", "leafwise", "zclip", "record")
 
 
 class Plan(NamedTuple):
@@ -27,7 +35,7 @@ class Plan(NamedTuple):
       suites: some of `SUITES`.
       methods: with what they are compared with.
       rounds: how often each program is measured.
-      compile_rounds: how often each is compiled.
+      compile_rounds: how often each is compiled; large trees only once.
       seconds: about how long one measurement takes, of as many calls as that needs.
       seed: of the order in each round.
     """
@@ -39,164 +47,136 @@ class Plan(NamedTuple):
     seconds: float = 0.03
     seed: int = 0
 
-    @property
-    def clipping(self) -> list[Method]:
-        """The methods that clip; alone, the others are no program."""
-        return [method for method in self.methods if method.name != "none"]
+    def without(self, suite: str) -> "Plan":
+        """The same but for one suite."""
+        return self._replace(suites=[name for name in self.suites if name != suite])
 
-    def ticks(self) -> int:
-        """How often `run` ticks."""
-        programs = {"step": len(self.methods), "alone": len(self.clipping)}
-        needed = programs if "memory" in self.suites else programs.keys() & self.suites
-        timed = sum(count for suite, count in programs.items() if suite in self.suites)
-        compiled = len(self.clipping) * self.compile_rounds if "compile" in self.suites else 0
-        return sum(programs[suite] for suite in needed) + len(CASES) * self.rounds * timed + compiled
+    def fitting(self, setting: Setting, no_clipping: bool = True) -> list[Method]:
+        """The methods to measure there."""
+        fitting = [method for method in self.methods if method.fits(setting.tree, setting.dtype)]
+        return [method for method in fitting if no_clipping or method.name != "none"]
 
 
 Tick = Callable[[str], None]
 
 
 def run(tree: Tree, dtype: str, plan: Plan, tick: Tick = lambda what: None) -> list[Row]:
-    """All rows for one tree."""
+    """All rows for one tree and one choice of dtypes."""
+    setting, wanted = Setting(tree, dtype), set(plan.suites)
+    if tree.compile_only:
+        wanted &= {"compile"}
+    if dtype == "mixed":  # which is bfloat16, until parameters are updated
+        wanted -= {"alone", "compile"}
     rows = []
-    if {"step", "memory"} & set(plan.suites):
-        rows += _step(tree, dtype, plan, tick)
-    if {"alone", "memory"} & set(plan.suites):
-        rows += _alone(tree, dtype, plan, tick)
-    if "compile" in plan.suites:
-        rows += _compile(tree, dtype, plan, tick)
+    if wanted & {"step", *COUNTED}:
+        rows += _step(setting, plan, wanted, tick)
+    if wanted & {"alone", *COUNTED} and dtype != "mixed":
+        rows += _alone(setting, plan, wanted, tick)
+    if "compile" in wanted:
+        rows += _compile(setting, plan, tick)
     return rows
 
 
-def _step(tree: Tree, dtype: str, plan: Plan, tick: Tick) -> list[Row]:
-    compiled = _compiled(programs.step, plan.methods, tree, dtype, tick)
-    rows = _memory("step", tree, dtype, plan, compiled)
-    for case, size in CASES.items() if "step" in plan.suites else ():
-        training = Training(tree, dtype, size, plan.methods)
-        steps = {
-            name: functools.partial(training.measure, name, program) for name, program in compiled.items()
-        }
-        seconds = _seconds(steps, plan, tick)
-        rows += results.timed("step", case, tree, dtype, plan.methods, seconds)
+def train(model: str, plan: Plan, tick: Tick = lambda what: None) -> list[Row]:
+    """The rows of whole training steps of one of `MODELS`, in float32."""
+    shape = MODELS[model]
+    methods = [method for method in plan.methods if method.name in TRAINED]
+    compiled = _compiled([(method, programs.train(method, shape)) for method in methods], tick)
+    tree = programs.transformer(shape)
+    passages = np.random.default_rng(0).integers(shape.vocabulary, size=(shape.batch, shape.context + 1))
+    clips = {method.name: method.build(tree) for method in methods}
+    training = Training(char_model.initial(shape, seed=0), clips, jax.numpy.asarray(passages, "int32"))
+    steps = {name: functools.partial(training.measure, name, one) for name, one in compiled.items()}
+    seconds = _seconds(steps, plan, tick)
+    return results.compared("train", "whole", Setting(tree._replace(name=model), "float32"), methods, seconds)
+
+
+def _step(setting: Setting, plan: Plan, wanted: set[str], tick: Tick) -> list[Row]:
+    tree, dtype = setting
+    methods = plan.fitting(setting)
+    compiled = _compiled([(one, programs.step(one, tree, dtype)) for one in methods], tick)
+    rows = _counted("step", setting, methods, wanted, compiled)
+    for case, size in CASES.items() if "step" in wanted else ():
+        params = trees.normal(tree, trees.PARAMS[dtype], seed=0)
+        grads = trees.normal(tree, trees.GRADS[dtype], seed=1, size=size)
+        training = Training(params, {one.name: one.build(tree) for one in methods}, grads)
+        del params, grads
+        steps = {name: functools.partial(training.measure, name, one) for name, one in compiled.items()}
+        rows += results.compared("step", case, setting, methods, _seconds(steps, plan, tick))
         del training, steps  # before the next case takes as much memory
     return rows
 
 
-def _alone(tree: Tree, dtype: str, plan: Plan, tick: Tick) -> list[Row]:
-    compiled = _compiled(programs.alone, plan.clipping, tree, dtype, tick)
-    rows = _memory("alone", tree, dtype, plan, compiled)
-    for case, size in CASES.items() if "alone" in plan.suites else ():
+def _alone(setting: Setting, plan: Plan, wanted: set[str], tick: Tick) -> list[Row]:
+    tree, dtype = setting
+    methods = plan.fitting(setting, no_clipping=False)
+    compiled = _compiled([(one, programs.alone(one, tree, dtype)) for one in methods], tick)
+    rows = _counted("alone", setting, methods, wanted, compiled)
+    for case, size in CASES.items() if "alone" in wanted else ():
+        measures = references.available(tree, dtype, size)
         params = trees.normal(tree, dtype, seed=0)
-        clips = {
-            method.name: Clipping(tree, dtype, size, method, params, compiled[method.name]).measure
-            for method in plan.clipping
-        }
-        rows += results.timed("alone", case, tree, dtype, plan.methods, _seconds(clips, plan, tick))
-        del params, clips
+        for method in methods:
+            grads = trees.normal(tree, dtype, seed=1, size=size)
+            one = Clipping(grads, case == "clips", tree, method, params, compiled[method.name])
+            measures[method.name] = one.measure
+            del grads, one
+        rows += results.compared("alone", case, setting, methods, _seconds(measures, plan, tick))
+        del params, measures
     return rows
 
 
-def _compile(tree: Tree, dtype: str, plan: Plan, tick: Tick) -> list[Row]:
+def _compile(setting: Setting, plan: Plan, tick: Tick) -> list[Row]:
     def measure(method: Method, tree: Tree) -> tuple[float, float]:
         jax.clear_caches()
         gc.collect()
-        program = programs.alone(method, tree, dtype)
+        program = programs.alone(method, tree, setting.dtype)
         start = time.perf_counter()
         lowered = program.function.lower(*program.args)
         traced = time.perf_counter()
         lowered.compile()
         return traced - start, time.perf_counter() - traced
 
-    for method in plan.clipping:
+    methods = plan.fitting(setting, no_clipping=False)
+    for method in methods:
         measure(method, WARM_UP)
-    compiles = {method.name: functools.partial(measure, method, tree) for method in plan.clipping}
-    samples = timing.interleaved(
-        compiles, plan.compile_rounds, plan.seed, lambda name: tick(f"compile {tree.name} {name}")
-    )
+    compiles = {method.name: functools.partial(measure, method, setting.tree) for method in methods}
+    rounds = plan.compile_rounds if setting.tree.leaves < LARGE else 1
+    samples = timing.interleaved(compiles, rounds, plan.seed, lambda name: tick(f"compile {name}"))
     rows = []
     for case, pick in {"trace": lambda s: s[0], "compile": lambda s: s[1], "total": sum}.items():
         seconds = {name: [pick(sample) for sample in some] for name, some in samples.items()}
-        rows += results.timed("compile", case, tree, dtype, plan.methods, seconds)
+        rows += results.compared("compile", case, setting, methods, seconds)
     return rows
 
 
-def _compiled(make, methods: Sequence[Method], tree: Tree, dtype: str, tick: Tick) -> dict[str, Any]:
+def _compiled(made: Iterable[tuple[Method, programs.Program]], tick: Tick) -> dict[str, Callable[..., Any]]:
     compiled = {}
-    for method in methods:
-        compiled[method.name] = make(method, tree, dtype).compiled()
-        tick(f"build {tree.name} {method.name}")
+    for method, program in made:
+        tick(f"build {method.name}")
+        compiled[method.name] = program.compiled()
     return compiled
 
 
-def _memory(case: str, tree: Tree, dtype: str, plan: Plan, compiled: dict[str, Any]) -> list[Row]:
-    if "memory" not in plan.suites:
-        return []
-    temporary = {name: programs.temporary_bytes(program) for name, program in compiled.items()}
-    return results.measured(case, tree, dtype, plan.methods, temporary)
+def _counted(
+    case: str, setting: Setting, methods: Sequence[Method], wanted: set[str], compiled: Mapping[str, Any]
+) -> list[Row]:
+    rows = []
+    if "memory" in wanted:
+        nbytes = setting.tree.nbytes(setting.dtype)
+        shares = {name: programs.temporary_bytes(one) / nbytes for name, one in compiled.items()}
+        rows += results.counted("memory", case, setting, methods, shares)
+    if "launches" in wanted:
+        counts = {name: hlo.launches(hlo.parse(one)) for name, one in compiled.items()}
+        rows += results.counted("launches", case, setting, methods, counts)
+    return rows
 
 
 def _seconds(candidates: dict[str, Callable[[int], float]], plan: Plan, tick: Tick) -> dict[str, list[float]]:
-    """Seconds per call in each round, of all candidates with equally many calls."""
+    """Seconds per call in each round, of as many calls as take about `plan.seconds`."""
     for measure in candidates.values():
         measure(1)  # touches the memory, and brings clipped gradients to the size that they keep
-    fastest = min(measure(1) for measure in candidates.values())
-    calls = max(1, min(100, round(plan.seconds / fastest)))
-    measures = {name: functools.partial(measure, calls) for name, measure in candidates.items()}
+    measures = {}
+    for name, measure in candidates.items():
+        calls = max(1, min(100, round(plan.seconds / measure(1))))
+        measures[name] = functools.partial(measure, calls)
     return timing.interleaved(measures, plan.rounds, plan.seed, lambda name: tick(f"run {name}"))
-
-
-class Training:
-    """Parameters and AdamW's moments, which each program takes over from the one that ran before it.
-
-    So there is one copy of them, and no program has buffers that are better placed than another's. The
-    gradients are the same at every step and never donated.
-    """
-
-    def __init__(self, tree: Tree, dtype: str, size: float, methods: Sequence[Method]):
-        self.params = trees.normal(tree, dtype, seed=0)
-        self.adam = programs.ADAMW.init(self.params)
-        self.clip = {method.name: method.build(tree).init(self.params) for method in methods}
-        self.grads = trees.normal(tree, dtype, seed=1, size=size)
-
-    def measure(self, name: str, step: Callable[..., Any], calls: int) -> float:
-        """Seconds per step, over some steps in a row."""
-        params, adam, clip = self.params, self.adam, self.clip[name]
-        start = time.perf_counter()
-        for _ in range(calls):
-            params, adam, clip = step(params, adam, clip, self.grads)
-        jax.block_until_ready((params, adam, clip))
-        seconds = (time.perf_counter() - start) / calls
-        self.params, self.adam, self.clip[name] = params, adam, clip
-        return seconds
-
-
-class Clipping:
-    """Gradients that one program clips in place again and again.
-
-    What was clipped is at its limit and would not be clipped again. So between two calls, and out of the
-    time, all entries are multiplied by `REGROWTH`, in place: every group comes in with that many times its
-    limit each time, whatever the method's groups. Gradients that are not clipped stay as they are.
-    """
-
-    def __init__(self, tree: Tree, dtype: str, size: float, method: Method, params: Any, program: Any):
-        self.grads = trees.normal(tree, dtype, seed=1, size=size)
-        self.state = method.build(tree).init(self.grads)
-        self.params = params if method.needs_params else None
-        self.program = program
-        self.grows = size == CASES["clips"]
-
-    def measure(self, calls: int) -> float:
-        """Seconds per call, over some calls."""
-        seconds = 0.0
-        for _ in range(calls):
-            start = time.perf_counter()
-            self.grads, self.state = self.program(self.grads, self.state, self.params)
-            jax.block_until_ready((self.grads, self.state))
-            seconds += time.perf_counter() - start
-            if self.grows:
-                self.grads = jax.block_until_ready(jax.tree.map(_regrown, self.grads))
-        return seconds / calls
-
-
-# Leaf by leaf, since a program for a whole tree of 2,000 leaves takes long to compile.
-_regrown = jax.jit(lambda leaf: REGROWTH * leaf, donate_argnums=0)

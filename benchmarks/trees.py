@@ -10,6 +10,10 @@ import jax.numpy as jnp
 
 Shape: TypeAlias = tuple[int, ...]
 
+# By what the command line calls a choice of dtypes: the gradients' and the parameters'.
+GRADS = {"float32": "float32", "bfloat16": "bfloat16", "mixed": "bfloat16"}
+PARAMS = {"float32": "float32", "bfloat16": "bfloat16", "mixed": "float32"}
+
 
 class Tree(NamedTuple):
     """A tree to benchmark.
@@ -18,11 +22,13 @@ class Tree(NamedTuple):
       name: what the command line calls it.
       shapes: the shape of each leaf by layer and name.
       stacked: a pattern of the paths whose first axis counts layers; None if there are none.
+      compile_only: whether only tracing and compiling is measured.
     """
 
     name: str
     shapes: dict[str, dict[str, Shape]]
     stacked: str | None = None
+    compile_only: bool = False
 
     @property
     def leaves(self) -> int:
@@ -33,7 +39,8 @@ class Tree(NamedTuple):
         return sum(math.prod(shape) for layer in self.shapes.values() for shape in layer.values())
 
     def nbytes(self, dtype: str) -> int:
-        return self.entries * jnp.dtype(dtype).itemsize
+        """Of the gradients."""
+        return self.entries * jnp.dtype(GRADS[dtype]).itemsize
 
 
 def mlp() -> Tree:
@@ -74,9 +81,24 @@ def mixed_300() -> Tree:
     return Tree("mixed_300", blocks)
 
 
+def small_1000() -> Tree:
+    """1,000 leaves of 1,000 entries, two to a layer."""
+    return Tree("small_1000", _small(500), compile_only=True)
+
+
 def small_2000() -> Tree:
     """2,000 leaves of 1,000 entries, two to a layer."""
     return Tree("small_2000", _small(1000))
+
+
+def large_10000() -> Tree:
+    """10,000 leaves of 1,000 entries, two to a layer."""
+    return Tree("large_10000", _small(5000), compile_only=True)
+
+
+def one_leaf() -> Tree:
+    """One leaf of 100 M entries."""
+    return Tree("one_leaf", {"table": {"embedding": (100_000, 1000)}})
 
 
 def _dense(inner: int, outer: int) -> dict[str, Shape]:
@@ -106,7 +128,21 @@ def _small(layers: int) -> dict[str, dict[str, Shape]]:
     return {f"layer_{k}": {"scale": (1000,), "bias": (1000,)} for k in range(layers)}
 
 
-ALL = {tree.name: tree for tree in (mlp(), leaves_300(), mixed_300(), small_2000(), gpt2_stacked(), gpt2())}
+ALL = {
+    tree.name: tree
+    for tree in (
+        mlp(),
+        leaves_300(),
+        mixed_300(),
+        small_1000(),
+        small_2000(),
+        large_10000(),
+        one_leaf(),
+        gpt2_stacked(),
+        gpt2(),
+    )
+}
+USUAL = tuple(name for name in ALL if name != "large_10000")  # what `all` stands for
 
 
 def specs(tree: Tree, dtype: str) -> Any:
