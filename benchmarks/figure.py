@@ -22,7 +22,7 @@ NAMES = {"float32": "float32", "bfloat16": "bfloat16", "mixed": "bfloat16 gradie
 OTHERS = ("optax", "torch")
 LIMITS = ("c_loop", "copy", "identity")
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
-NARROWEST = 0.5, 2.5  # what each axis shows at least
+NARROWEST = 0.7, 2.0  # what each axis shows at least
 
 
 def draw(rows: Sequence[Row], environment: Mapping[str, Any]) -> Figure:
@@ -35,7 +35,7 @@ def draw(rows: Sequence[Row], environment: Mapping[str, Any]) -> Figure:
     trees = list(dict.fromkeys(part.head[0] for parts in found.values() for part in parts))
     lines = {suite: _names(parts) for suite, parts in found.items()}
     heights = [len(names) + 2 for names in lines.values()]
-    size = max(1.55 * len(trees) + 1.6, 5), 0.165 * sum(heights) + 1.1
+    size = max(1.4 * len(trees) + 1.6, 5), 0.21 * sum(heights) + 1.1
     figure = Figure(figsize=size, dpi=1200 / size[0], layout="constrained")
     if not found:
         return figure
@@ -46,7 +46,9 @@ def draw(rows: Sequence[Row], environment: Mapping[str, Any]) -> Figure:
                 part for part in parts if part.head[0] == tree and part.head[2] not in ("trace", "compile")
             ]
             _panel(panel, lines[suite], own)
-            panel.set_title(_title(tree, own), fontsize=7.5)
+            panel.set_xlim(*_limits([part for part in parts if part.baseline in {x.baseline for x in own}]))
+            _grid(panel, lines[suite])
+            panel.set_title(_title(tree, own), fontsize=8)
         _label(line[0], lines[suite], TITLES[suite])
     _legend(figure, {part.head[1] for parts in found.values() for part in parts})
     figure.suptitle(_place(environment), fontsize=8)
@@ -63,7 +65,6 @@ def _panel(panel: Axes, names: Sequence[str], parts: Sequence[Section]) -> None:
     panel.set_visible(bool(parts))
     panel.set_xscale("log")
     panel.set_ylim(len(names) - 0.4, -0.6)
-    low, high = NARROWEST
     for part, shift in zip(parts, _shifts(len(parts)), strict=True):
         _, dtype, case = part.head
         colour = COLOURS[dtype]
@@ -72,15 +73,19 @@ def _panel(panel: Axes, names: Sequence[str], parts: Sequence[Section]) -> None:
             if row is None or row.ratio is None:
                 continue
             ratio = row.ratio
-            low, high = min(low, ratio.median), max(high, ratio.median)
             fill = "white" if case == "idle" else colour
             spread = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
             panel.errorbar(
                 ratio.median, place + shift, xerr=spread, color=colour, marker="o", markersize=2.8,
                 markerfacecolor=fill, markeredgewidth=0.7, elinewidth=0.8, zorder=3,
             )  # fmt: skip
-    panel.set_xlim(low / 1.2, high * 1.2)
-    _grid(panel, names)
+
+
+def _limits(parts: Sequence[Section]) -> tuple[float, float]:
+    """Of the axes of all panels whose ratios are over the same."""
+    rows = (row for part in parts for name, row in part.rows.items() if name not in LIMITS)
+    medians = [row.ratio.median for row in rows if row.ratio is not None]
+    return min([NARROWEST[0], *medians]) / 1.15, max([NARROWEST[1], *medians]) * 1.15
 
 
 def _shifts(count: int) -> list[float]:
@@ -100,7 +105,7 @@ def _grid(panel: Axes, names: Sequence[str]) -> None:
     panel.grid(axis="x", color="0.85", linewidth=0.5)
     panel.set_axisbelow(True)
     panel.set_yticks([])
-    panel.tick_params(labelsize=7, length=2)
+    panel.tick_params(labelsize=7.5, length=2)
     panel.spines[["top", "right", "left"]].set_visible(False)
 
 
