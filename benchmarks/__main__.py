@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +38,13 @@ def _without_disk_cache() -> Iterator[None]:
         jax.config.update(DISK_CACHE, before)
 
 
-def _measured(tree_names: list[str], dtypes: list[str], plan: suites.Plan, console: Console) -> list[Row]:
+def _measured(
+    tree_names: list[str],
+    dtypes: list[str],
+    plan: suites.Plan,
+    console: Console,
+    save: Callable[[list[Row]], None],
+) -> list[Row]:
     rows: list[Row] = []
     # Nothing is drawn while something is timed: the bar moves only between measurements.
     bar = Progress(
@@ -50,7 +56,12 @@ def _measured(tree_names: list[str], dtypes: list[str], plan: suites.Plan, conso
         auto_refresh=False,
         transient=True,
     )
-    settings = [(trees.ALL[name], dtype) for name in tree_names for dtype in dtypes]
+    settings = [
+        (trees.ALL[name], dtype)
+        for name in tree_names
+        for dtype in dtypes
+        if dtype == dtypes[0] or trees.ALL[name].leaves <= methods.MANY
+    ]
     models = suites.MODELS if "train" in plan.suites else {}
     with bar, _without_disk_cache():
         task = bar.add_task("", total=len(settings) + len(models))
@@ -60,6 +71,7 @@ def _measured(tree_names: list[str], dtypes: list[str], plan: suites.Plan, conso
 
         def done(measured: list[Row]) -> None:
             rows.extend(measured)
+            save(rows)
             bar.update(task, advance=1)
             jax.clear_caches()
 
@@ -98,10 +110,8 @@ def main(
         compile_rounds=compile_rounds,
         seconds=0.01 if quick else 0.03,
     )
-    tree_names, dtypes = (
-        _choices("--trees", tree, tuple(trees.ALL), trees.USUAL),
-        _choices("--dtype", dtype, DTYPES),
-    )
+    tree_names = _choices("--trees", tree, tuple(trees.ALL), trees.USUAL)
+    dtypes = _choices("--dtype", dtype, DTYPES)
     chosen = {*tree_names, *dtypes, *plan.suites, *(method.name for method in plan.methods)}
     everything = [*trees.ALL, *DTYPES, *suites.SUITES, *methods.OURS]
     left_out = [name for name in everything if name not in chosen]
@@ -109,12 +119,15 @@ def main(
     where = environment.describe() | references.versions()
     where |= {"rounds": rounds, "left out": ", ".join(left_out) or "nothing"}
     console = Console()
-    rows = _measured(tree_names, dtypes, plan, console)
+
+    def save(rows: list[Row]) -> None:  # after each tree, since the whole takes long
+        if json is not None:
+            report.write_json(json, rows, where)
+
+    rows = _measured(tree_names, dtypes, plan, console, save)
     console.print(report.sentence(where))
     for table in report.tables(rows):
         console.print(table)
-    if json is not None:
-        report.write_json(json, rows, where)
     if markdown is not None:
         report.write_markdown(markdown, report.markdown(rows, where))
     if figure is not None:

@@ -22,6 +22,7 @@ NAMES = {"float32": "float32", "bfloat16": "bfloat16", "mixed": "bfloat16 gradie
 OTHERS = ("optax", "torch")
 LIMITS = ("c_loop", "copy", "identity")
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+WIDTH = 1200  # pixels, of a figure with all trees
 NARROWEST = 0.7, 2.0  # what each axis shows at least
 
 
@@ -36,7 +37,7 @@ def draw(rows: Sequence[Row], environment: Mapping[str, Any]) -> Figure:
     lines = {suite: _names(parts) for suite, parts in found.items()}
     heights = [len(names) + 2 for names in lines.values()]
     size = max(1.4 * len(trees) + 1.6, 5), 0.21 * sum(heights) + 1.1
-    figure = Figure(figsize=size, dpi=1200 / size[0], layout="constrained")
+    figure = Figure(figsize=size, dpi=min(WIDTH / size[0], 120), layout="constrained")
     if not found:
         return figure
     panels = figure.subplots(len(found), len(trees), squeeze=False, gridspec_kw={"height_ratios": heights})

@@ -25,6 +25,7 @@ class Method(NamedTuple):
       needs_params: whether `update` reads parameters.
       leaves: the largest tree to measure it on.
       only: the dtypes to measure it with, if not all.
+      clips: whether it makes gradients smaller, so that they have to grow again before the next call.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Method(NamedTuple):
     needs_params: bool = False
     leaves: int = MANY
     only: str | None = None
+    clips: bool = True
 
     def fits(self, tree: Tree, dtype: str) -> bool:
         """Whether to measure it there."""
@@ -79,7 +81,7 @@ ALL = {
         Method("autoclip", lambda tree: oc.autoclip(), ("global",)),
         Method("zclip", lambda tree: oc.zclip(), ("global",)),
         Method("adagc", lambda tree: oc.adagc(groups=_each(tree, oc.groups.leaf())), ("global",)),
-        Method("record", lambda tree: oc.record(), ("global",)),
+        Method("record", lambda tree: oc.record(), ("global",), clips=False),
         Method("record_clip", _recorded_clip, ("global",)),
     )
 }

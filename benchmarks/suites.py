@@ -117,7 +117,8 @@ def _alone(setting: Setting, plan: Plan, wanted: set[str], tick: Tick) -> list[R
         params = trees.normal(tree, dtype, seed=0)
         for method in methods:
             grads = trees.normal(tree, dtype, seed=1, size=size)
-            one = Clipping(grads, case == "clips", tree, method, params, compiled[method.name])
+            grows = method.clips and case == "clips"
+            one = Clipping(grads, grows, tree, method, params, compiled[method.name])
             measures[method.name] = one.measure
             del grads, one
         rows += results.compared("alone", case, setting, methods, _seconds(measures, plan, tick))
