@@ -50,6 +50,11 @@ def _grouped(groups: oc.Groups) -> Callable[[Tree], optax.GradientTransformation
     return lambda tree: oc.clip_by_groupwise_norm(LIMIT, _each(tree, groups))
 
 
+def _global_float32(tree: Tree) -> optax.GradientTransformation:
+    """Global clipping that hands updates on in float32, whatever dtype they came in."""
+    return oc.rescale_by_norm(LIMIT, out_dtype="float32")
+
+
 def _adaptive(tree: Tree) -> optax.GradientTransformation:
     return oc.adaptive_grad_clip(RATIO, groups=_each(tree, oc.groups.unit()))
 
@@ -72,6 +77,7 @@ ALL = {
         Method("none", lambda tree: optax.identity(), leaves=2_000),
         Method("optax_global", lambda tree: optax.clip_by_global_norm(LIMIT), leaves=2_000),
         Method("global", lambda tree: oc.clip_by_global_norm(LIMIT), OTHERS, leaves=10_000),
+        Method("global_float32", _global_float32, ("global",), only="mixed"),
         Method("layerwise", _grouped(oc.groups.layer()), (*BOTH, "optax_partition"), leaves=10_000),
         Method("leafwise", _grouped(oc.groups.leaf()), (*BOTH, "torch_leafwise"), leaves=10_000),
         Method("unitwise", _grouped(oc.groups.unit()), BOTH, leaves=10_000),

@@ -61,6 +61,7 @@ _memory = functools.partial(Target, suite="memory", methods=CLIPPING, against=No
 ALL = (
     _step("a clipped AdamW step, float32", 1.15, methods=("global",), dtypes=("float32",)),
     _step("bfloat16 gradients, float32 parameters", 1.5, methods=("global",), dtypes=("mixed",)),
+    _step("the same, handed on in float32", 1.1, methods=("global_float32",), dtypes=("mixed",)),
     _step("bfloat16", 1.3, methods=("global",), dtypes=("bfloat16",)),
     _alone("the clip alone, float32", 1.1, dtypes=("float32",), cases=("clips",)),
     _alone("the same with nothing to clip", 0.6, dtypes=("float32",), cases=("idle",)),

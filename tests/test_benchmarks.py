@@ -119,19 +119,13 @@ def test_gradients_are_clipped_at_every_call_or_never(case):
         assert jax.tree.all(jax.tree.map(jnp.array_equal, clipping.grads, before))
 
 
-def test_every_method_says_whether_it_makes_gradients_smaller():
-    """Gradients that grow between calls would overflow if nothing made them smaller."""
-    params = trees.normal(TINY, "float32", seed=0)
-    for name, method in methods.ALL.items():
-        if name == "none":
-            continue
-        clip, grads = method.build(TINY), trees.normal(TINY, "float32", seed=1)
-        state = clip.init(params)
-        for _ in range(2):
-            updates, state = clip.update(grads, state, params)
-            grads = jax.tree.map(lambda x: runs.REGROWTH * x, updates)
-        before, after = (optax.tree.norm(trees.normal(TINY, "float32", seed=1)), optax.tree.norm(grads))
-        assert (after < before * runs.REGROWTH**2) == method.clips
+@pytest.mark.parametrize("name", ["global", "record"])
+def test_gradients_grow_only_where_a_method_makes_them_smaller(name):
+    """Else they would overflow after some calls."""
+    method, before = methods.ALL[name], trees.normal(TINY, "float32", seed=1)
+    clip = method.build(TINY)
+    after, _ = clip.update(before, clip.init(before))
+    assert (optax.tree.norm(after) < optax.tree.norm(before)) == method.clips
 
 
 def test_ratios_are_paired_by_round():
