@@ -47,9 +47,9 @@ GROUPINGS = {
 MANY_ROWS = ("unit", "stacked")  # many groups in a leaf: few leaves for as many groups as one likes
 
 
-def mesh() -> jax.sharding.Mesh:
-    """Eight devices, four by two, with axes that the compiler splits over."""
-    types = (AxisType.Auto,) * len(MESH)
+def mesh(kind: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
+    """Eight devices, four by two."""
+    types = (kind,) * len(MESH)
     devices = jax.devices("cpu")[: math.prod(MESH.values())]
     return jax.make_mesh(tuple(MESH.values()), tuple(MESH), axis_types=types, devices=devices)
 

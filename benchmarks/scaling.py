@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import optax
 import typer
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, PartitionSpec as P
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -52,7 +52,8 @@ class Case(NamedTuple):
     """One program to compile.
 
     Attributes:
-      mode: `jit`, where the compiler places the collectives, or `shard_map`, where `axis_name` does.
+      mode: `jit`, where the compiler places the collectives; `explicit`, where the mesh axes are in the types
+        under `jit`; or `shard_map`, where `axis_name` names them.
       layout: a name of `layouts.LAYOUTS`.
       grouping: a name of `layouts.GROUPINGS`.
       method: a name of `METHODS`.
@@ -96,7 +97,7 @@ class Counted(NamedTuple):
 
 def compiled(case: Case) -> Any:
     """The update, compiled for eight devices, from shapes alone."""
-    mesh = layouts.mesh()
+    mesh = layouts.mesh(AxisType.Explicit if case.mode == "explicit" else AxisType.Auto)
     mapped = case.mode == "shard_map"
     tree = layouts.tree(case.layout, case.grouping, case.size, None if mapped else mesh)
     build = METHODS[case.method]
@@ -149,6 +150,7 @@ def cases(chosen: Sequence[str]) -> Iterator[Case]:
         if layouts.LAYOUTS[layout].axis_sets == 0 and grouping != "leaf":
             continue  # nothing is split, and nothing exchanged
         yield Case("jit", layout, grouping, "clip", size)
+        yield Case("explicit", layout, grouping, "clip", size)
         if grouping in PEERS:
             yield Case("jit", layout, grouping, PEERS[grouping], size)
         if (

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optaxclip import _mesh
+from optaxclip import _local, _mesh
 from optaxclip._base import Norm
 from optaxclip._partition import Place
 from optaxclip._read import Block, blocks_of, partials, peaks, without_nan
@@ -76,7 +76,7 @@ def measure(
     def together(
         own: Sequence[Block], combine: Combine, of: Callable[[Sequence[Block]], jax.Array]
     ) -> jax.Array:
-        return across(own, of, rows * parts, combine).reshape(parts, rows)
+        return across(own, of, rows * parts, combine, norm.shaped).reshape(parts, rows)
 
     def at(arrays: Arrays, scales: Arrays) -> jax.Array:
         own = [b._replace(array=x, scale=s) for b, x, s in zip(blocks, arrays, scales, strict=True)]
@@ -121,22 +121,38 @@ def across(
     of: Callable[[Sequence[Block]], jax.Array],
     rows: int,
     combine: Combine,
+    whole: bool = False,
 ) -> jax.Array:
     """One number by row, `(rows,)`, put together across leaves and devices.
 
     `of` is called with the blocks that are split over the same manual axes, and returns one number for each
-    of their indices.
+    of their indices. Unless `whole`, it may be given parts of the blocks instead.
     """
+    own = functools.partial(_across, rows=rows, combine=combine)
+    if axes := () if whole else _local.split_axes(blocks):
+        return _local.by_device(own, blocks, of, axes)
+    return own(blocks, of)
+
+
+def _across(
+    blocks: Sequence[Block], of: Callable[[Sequence[Block]], jax.Array], rows: int, combine: Combine
+) -> jax.Array:
     by_axes = collections.defaultdict(list)
     for block in blocks:
         by_axes[block.split].append(block)
     reduce = lax.psum if combine == "sum" else lax.pmax
-    found = []
+    found, found_rows = [], []
     for split, alike in by_axes.items():
-        part = _segments(of(alike), np.concatenate([block.rows for block in alike]), rows, combine)
+        index = np.concatenate([block.rows for block in alike])
+        # A set of axes is sent its own rows alone.
+        own, index = np.unique(index, return_inverse=True) if len(by_axes) > 1 else (np.arange(rows), index)
+        part = _segments(of(alike), index, len(own), combine)
         part = without_nan(part) if combine == "max" else part
         found.append(reduce(part, split) if split else part)
-    return found[0] if len(found) == 1 else _add(combine)(jnp.stack(found), axis=0)
+        found_rows.append(own)
+    if len(found) == 1:
+        return found[0]
+    return _segments(jnp.concatenate(found), np.concatenate(found_rows), rows, combine)
 
 
 def _add(combine: Combine):

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
@@ -53,6 +53,12 @@ def barrier(arrays: Sequence[jax.Array], scale: jax.Array) -> tuple[list[jax.Arr
 def tracked_axes(axes: Iterable[str]) -> frozenset[str]:
     """Those of some manual axes for which JAX keeps track of what varies over them."""
     return frozenset(name for name in axes if name in varying_axes(jax.lax.axis_index(name)))
+
+
+def is_tracked(mesh: AbstractMesh) -> bool:
+    """Whether JAX keeps track of what varies over the manual axes of a mesh, if it has some."""
+    manual = [k for k, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Manual]
+    return all(varying_axes(jax.lax.axis_index(name)) for name in manual)
 
 
 def axis_size(axes: Iterable[str]) -> int:

@@ -58,13 +58,13 @@ def blocks_of(
     """
     blocks, small = [], collections.defaultdict(list)
     for leaf, first, place, split in zip(leaves, firsts, places, splits, strict=True):
-        if not (shaped or place.axes or leaf.size > SMALL or _mesh.has_mesh(leaf)):
-            small[leaf.size, leaf.dtype, split].append((leaf, first))
+        if not (shaped or place.axes or leaf.size > SMALL or _mesh.is_partitioned(leaf)):
+            small[leaf.size, leaf.dtype, split, _mesh.varying_axes(leaf)].append((leaf, first))
             continue
         count = math.prod(leaf.shape[axis] for axis in place.axes)
         reduced = tuple(axis for axis in range(leaf.ndim) if axis not in place.axes)
         blocks.append(Block(leaf, reduced, first + np.arange(count), split))
-    for (_, _, split), alike in small.items():
+    for (_, _, split, _), alike in small.items():
         for start in range(0, len(alike), MERGED):
             some = alike[start : start + MERGED]
             merged = jnp.stack([leaf.reshape(-1) for leaf, _ in some])

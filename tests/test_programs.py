@@ -175,21 +175,46 @@ def test_few_small_all_reduces_for_any_grouping(layout, grouping):
     assert row.others == row.rare == 0
 
 
-@pytest.mark.parametrize("layout", ["mixed", "both"])
-@pytest.mark.parametrize("grouping", ["whole", "leaf", "stacked"])
-def test_in_shard_map_one_number_for_each_group(layout, grouping):
-    """With axis_name, each set of axes sends one number per group, however many leaves there are."""
-    row = counted("shard_map", layout, grouping)
+@pytest.mark.parametrize(
+    ("mode", "layout", "grouping"),
+    [("explicit", layout, grouping) for layout in layouts.LAYOUTS for grouping in layouts.GROUPINGS]
+    + [
+        ("shard_map", layout, grouping)
+        for layout in ("mixed", "both")
+        for grouping in ("whole", "leaf", "stacked")
+    ],
+)
+def test_one_number_for_each_group_where_axes_are_known(mode, layout, grouping):
+    """By axis_name or by type, each set of axes sends one number per group, however many leaves there are.
+
+    So do units that are split over devices: their norms are summed into place, and not gathered.
+    """
+    row = counted(mode, layout, grouping)
     assert row.all_reduces == layouts.LAYOUTS[layout].axis_sets
     assert row.reduced <= row.all_reduces * 4 * row.groups
     assert row.all_gathers == row.others == row.rare == 0
 
 
-def test_a_million_groups_cost_one_all_reduce():
+@pytest.mark.parametrize(("mode", "layout"), [("jit", "fsdp"), ("explicit", "fsdp"), ("explicit", "tensor")])
+def test_a_million_groups_cost_one_all_reduce(mode, layout):
     """The number of collectives does not grow with that of groups."""
-    row = counted("jit", "fsdp", "unit", size=1_000_000)
+    row = counted(mode, layout, "unit", size=1_000_000)
     assert (row.groups, row.all_reduces, row.all_gathers) == (1_000_001, 1, 0)
     assert row.reduced <= 4 * row.groups + 4
+
+
+def test_many_leaves_cost_one_all_reduce_where_types_know_the_axes():
+    """The number of collectives does not grow with that of leaves, as it does where XLA merges them."""
+    row = counted("explicit", "fsdp", "whole", size=300)
+    assert (row.leaves, row.all_reduces, row.reduced) == (300, 1, 4)
+    assert counted("jit", "fsdp", "whole", size=300).all_reduces == 2
+
+
+@pytest.mark.parametrize("mode", ["explicit", "shard_map"])
+def test_small_parts_are_measured_together(mode):
+    """What a device has of leaves is merged where that is small, as small leaves are on one device."""
+    module = hlo.parse(scaling.compiled(Case(mode, "fsdp", "whole", "clip", 80)))
+    assert hlo.launches(module) <= 80 + 80 / 64 + FIXED
 
 
 @pytest.mark.parametrize(
@@ -241,6 +266,7 @@ def test_one_command_counts_and_estimates(tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "all.json").read_text())["rows"]
     assert [(row["case"]["mode"], row["all_reduces"], row["reduced"]) for row in rows] == [
         ("jit", 1, 16),
+        ("explicit", 1, 4),
         ("jit", 1, 16),
         ("shard_map", 1, 4),
     ]

@@ -169,6 +169,19 @@ def test_output_keeps_its_sharding(kind, layout, method):
     assert jax.tree.all(jax.tree.map(same, LAYOUTS[layout], outputs, GRADS, is_leaf=is_spec))
 
 
+@pytest.mark.parametrize(("kind", "layout", "method"), [p for p in SETTINGS if p.values[0] == "explicit"])
+def test_explicit_axes_cost_one_all_reduce_for_each_set(kind, layout, method):
+    """Where types say how leaves are split, each set of axes costs one all-reduce, and nothing is gathered.
+
+    It has a number for each row that is measured there, whatever the number of leaves.
+    """
+    found = collectives(on_all_devices(kind, layout, method))
+    measured = 2 if "relative" in method else 1
+    assert set(found) == {"all-reduce"}
+    assert len(found["all-reduce"]) == measured * AXIS_SETS[layout]
+    assert max(found["all-reduce"]) <= len(METHODS[method]().init(GRADS).norm)
+
+
 @pytest.mark.parametrize(("kind", "layout", "method"), [p for p in SETTINGS if p.values[2] in ONE_ROW])
 def test_one_all_reduce_for_each_set_of_axes(kind, layout, method):
     """Groups of whole leaves cost one all-reduce for each set of axes leaves are split over, and no gather.
@@ -420,6 +433,51 @@ def test_some_axes_manual_and_others_automatic():
     )
     expected = on_one_device("layer")(GRADS, tx.init(PARAMS), PARAMS)
     assert_same(jax.jit(mapped)(put(GRADS, mesh, layout)), expected)
+
+
+@pytest.mark.skipif(OLD_JAX, reason="JAX 0.7 cannot constrain shardings where only some axes are manual")
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_some_axes_manual_and_others_explicit(check_vma):
+    """Where shard_map takes only some axes, both are summed over at once, by axis_name and by type."""
+    mesh, tx = mesh_of("explicit"), METHODS["layer"](axis_name="data")
+    layout = {"dense": {"kernel": P("data", "model"), "bias": P("data")}}
+    grads = {"dense": {"kernel": GRADS["head"]["kernel"], "bias": GRADS["embed"]["table"][:, 0]}}
+    manual = jax.tree.map(lambda spec: P("data"), layout, is_leaf=is_spec)
+    mapped = jax.shard_map(
+        lambda grads: tx.update(grads, tx.init(grads)),
+        mesh=mesh,
+        in_specs=(manual,),
+        out_specs=(manual, P()),
+        axis_names={"data"},
+        check_vma=check_vma,
+    )
+    alone = METHODS["layer"]()
+    sharded = put(grads, mesh, layout)
+    compiled = jax.jit(mapped).lower(sharded).compile()
+    assert_same(compiled(sharded), jax.jit(alone.update)(grads, alone.init(grads)))
+    assert len(collectives(compiled)["all-reduce"]) == 2  # for the kernel and for the bias
+
+
+@pytest.mark.skipif(OLD_JAX, reason="JAX 0.7 cannot constrain shardings where only some axes are manual")
+@pytest.mark.parametrize("method", ["layer", "unit"])
+def test_one_axis_explicit_and_another_automatic(method):
+    """A mesh may have axes of both kinds: those that types tell of are summed over first."""
+    kinds = AxisType.Explicit, AxisType.Auto
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=kinds, devices=jax.devices("cpu"))
+    tx, grads = METHODS[method](), put(GRADS, mesh, LAYOUTS["mixed"])
+    assert_same(
+        jax.jit(tx.update)(grads, tx.init(grads)), on_one_device(method)(GRADS, tx.init(PARAMS), PARAMS)
+    )
+
+
+@pytest.mark.parametrize("kind", MESHES)
+def test_the_largest_singular_value_is_that_of_the_whole(kind):
+    """A norm that is not made of its parts' norms is measured of whole leaves, however they are split."""
+    grads = {"w": GRADS["head"]["kernel"]}
+    sharded = put(grads, mesh_of(kind), {"w": P("data", "model")})
+    measure = jax.jit(lambda tree: oc.group_norms(tree, norm=oc.norms.spectral(30)))
+    expected = np.linalg.norm(np.float64(grads["w"]), ord=2)
+    np.testing.assert_allclose(measure(sharded)["w"], expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", MESHES)

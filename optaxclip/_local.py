@@ -1,0 +1,122 @@
+"""Measures leaves where they lie: each device its own parts, where types say how leaves are split.
+
+Left to the compiler, each split leaf is summed over the devices on its own, over one mesh axis after another,
+and only some hundreds of these sums are merged. Where mesh axes are explicit, a device puts what it has of
+all leaves together first: one short vector is summed for each set of axes, and nothing is gathered.
+"""
+
+import collections
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+from optaxclip import _mesh
+from optaxclip._read import MERGED, SMALL, Block
+
+Of: TypeAlias = Callable[[Sequence[Block]], jax.Array]
+Along: TypeAlias = list[tuple[str, ...]]  # for each axis of an array, the mesh axes that split it
+
+
+def split_axes(blocks: Sequence[Block]) -> tuple[str, ...]:
+    """The explicit mesh axes that some block is split over; one that `vmap` took away is none of them."""
+    return tuple(sorted({name for block in blocks for names in _along(block.array) for name in names}))
+
+
+def by_device(
+    run: Callable[[Sequence[Block], Of], jax.Array], blocks: Sequence[Block], of: Of, axes: tuple[str, ...]
+) -> jax.Array:
+    """What `run` makes of one device's parts of the blocks, which has to be the same on all devices.
+
+    Args:
+      run: is called where `axes` are manual, with the parts, and with what measures them: one number for each
+        index of the whole blocks, and zeros for the indices that are on other devices.
+      blocks: the blocks, whole.
+      of: what measures blocks.
+      axes: the explicit mesh axes that blocks are split over.
+    """
+    along = [_along(block.array) for block in blocks]
+    kept = [[names[axis] for axis in _kept(block)] for block, names in zip(blocks, along, strict=True)]
+    splits = [_joined(block.split, names) for block, names in zip(blocks, along, strict=True)]
+    scales = [_scale_of(block) for block in blocks]
+    of_scales = [names if scale.ndim else [] for scale, names in zip(scales, kept, strict=True)]
+
+    def own(arrays: Sequence[jax.Array], scales: Sequence[jax.Array]) -> jax.Array:
+        found = zip(blocks, arrays, splits, scales, strict=True)
+        parts = [block._replace(array=x, split=split, scale=scale) for block, x, split, scale in found]
+        places = {id(part): names for part, names in zip(parts, kept, strict=True) if any(names)}
+
+        def measured(some: Sequence[Block]) -> jax.Array:
+            placed = [_placed(of([part]), part, places.get(id(part))) for part in some]
+            return jnp.concatenate(placed) if len(placed) > 1 else placed[0]
+
+        return run(_merged(parts), measured)
+
+    mesh = next(jax.typeof(block.array).sharding.mesh for block in blocks if _mesh.has_mesh(block.array))
+    mapped = jax.shard_map(
+        own,
+        mesh=mesh,
+        in_specs=tuple([PartitionSpec(*names) for names in some] for some in (along, of_scales)),
+        out_specs=PartitionSpec(None),
+        axis_names=set(axes),
+        check_vma=_mesh.is_tracked(mesh),
+    )
+    return mapped([block.array for block in blocks], scales)
+
+
+def _along(x: jax.Array) -> Along:
+    if not _mesh.has_mesh(x):
+        return [()] * x.ndim
+    sharding = jax.typeof(x).sharding
+    kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+    parts = [part if isinstance(part, tuple) else (part,) for part in sharding.spec]
+    parts += [()] * (x.ndim - len(parts))
+    return [tuple(name for name in part if kinds.get(name) == AxisType.Explicit) for part in parts]
+
+
+def _joined(split: tuple[str, ...], along: Along) -> tuple[str, ...]:
+    return tuple(sorted({*split, *(name for names in along for name in names)}))
+
+
+def _kept(block: Block) -> list[int]:
+    return [axis for axis in range(block.array.ndim) if axis not in block.reduced]
+
+
+def _scale_of(block: Block) -> jax.Array:
+    """The scale of a block, split as the block is where there is one for each of the kept indices."""
+    scale = jnp.asarray(block.scale)
+    return _mesh.share(scale, block.array, _kept(block)) if scale.ndim else scale
+
+
+def _placed(values: jax.Array, part: Block, along: Along | None) -> jax.Array:
+    """One device's numbers at their place among those of all devices, flat."""
+    if along is None:
+        return values
+    counts = [_mesh.axis_size(names) for names in along]
+    whole = jnp.zeros([n * count for n, count in zip(part.kept, counts, strict=True)], values.dtype)
+    starts = [lax.axis_index(names) * n if names else 0 for n, names in zip(part.kept, along, strict=True)]
+    whole = _mesh.vary_like(whole, [values])
+    return lax.dynamic_update_slice(whole, values.reshape(part.kept), starts).reshape(-1)
+
+
+def _merged(parts: Sequence[Block]) -> list[Block]:
+    """The parts, small ones of equal size merged as `blocks_of` merges leaves."""
+    merged, small = [], collections.defaultdict(list)
+    for part in parts:
+        x = part.array
+        if part.kept or x.size > SMALL or AxisType.Auto in jax.typeof(x).sharding.mesh.axis_types:
+            merged.append(part)
+        else:
+            small[x.size, x.dtype, part.split, _mesh.varying_axes(x)].append(part)
+    for alike in small.values():
+        for start in range(0, len(alike), MERGED):
+            some = alike[start : start + MERGED]
+            # Behind the barrier, or parts of 16 bits would be widened one by one.
+            x = lax.optimization_barrier(jnp.stack([part.array.reshape(-1) for part in some]))
+            scale = jnp.stack([part.scale for part in some])
+            merged.append(Block(x, (1,), np.concatenate([part.rows for part in some]), some[0].split, scale))
+    return merged
