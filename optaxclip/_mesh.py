@@ -1,10 +1,12 @@
 """What differs between versions of JAX and kinds of mesh: varying axes, collectives, explicit shardings."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
@@ -34,6 +36,13 @@ def vary_like(
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(value, axes, to="varying")
     return jax.lax.pvary(value, axes)  # JAX up to 0.8  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def typed_like(value: ArrayLike, like: jax.Array) -> Any:
+    """A constant with the mesh of another value in its type if that is explicit, for `vmap` to know of it."""
+    if has_mesh(like) and AxisType.Explicit in jax.typeof(like).sharding.mesh.axis_types:
+        return replicate(jnp.asarray(value), like)
+    return value
 
 
 def barrier(arrays: Sequence[jax.Array], scale: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:

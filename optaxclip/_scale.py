@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -143,13 +143,19 @@ def _apart(
     two of these kernels would be the same: each would be compiled. What comes out of a conditional stays
     apart, and kernels for leaves of the same shape are compiled once.
     """
-    if _mesh.has_mesh(pairs):
-        return _mesh.replicate(pairs), {row: row for row in rows}
-    few, known = len(rows) <= FEW, [np.int32(row) for row in rows]
+    pairs = _mesh.replicate(pairs)
+    few = len(rows) <= FEW
 
     def opaque(pairs, seed):
-        never = jnp.zeros_like(pairs), [] if few else [np.int32(0)] * len(rows)
-        return lax.cond(seed != -1, lambda: (pairs, [] if few else known), lambda: never)
+        number = functools.partial(_mesh.typed_like, like=pairs)
+
+        def known() -> tuple[jax.Array, list[Any]]:
+            return pairs, [] if few else [number(np.int32(row)) for row in rows]
+
+        def never() -> tuple[jax.Array, list[Any]]:
+            return number(jnp.zeros_like(pairs)), [] if few else [number(np.int32(0))] * len(rows)
+
+        return lax.cond(seed != -1, known, never)
 
     def plain(pairs, seed):
         del seed

@@ -217,6 +217,17 @@ def test_small_parts_are_measured_together(mode):
     assert hlo.launches(module) <= 80 + 80 / 64 + FIXED
 
 
+@pytest.mark.parametrize("mode", ["jit", "explicit", "shard_map"])
+def test_what_makes_factors_is_in_no_kernel_that_scales(mode):
+    """On a mesh, too, a leaf adds a kernel of few instructions: many would be compiled for each leaf anew."""
+
+    def instructions(leaves):
+        module = hlo.parse(scaling.compiled(Case(mode, "fsdp", "leaf", "clip", leaves)))
+        return sum(len(one.instructions) for one in module.computations.values())
+
+    assert instructions(80) - instructions(40) <= 50 * 40
+
+
 @pytest.mark.parametrize(
     ("method", "all_reduces", "rare"),
     [("clip, limits.ema", 1, 0), ("clip, limits.relative", 2, 0), ("record, clip", 2, 1)],
