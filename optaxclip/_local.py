@@ -88,7 +88,7 @@ def _kept(block: Block) -> list[int]:
 
 def _scale_of(block: Block) -> jax.Array:
     """The scale of a block, split as the block is where there is one for each of the kept indices."""
-    scale = jnp.asarray(block.scale)
+    scale = jnp.asarray(1.0 if block.scale is None else block.scale)
     return _mesh.share(scale, block.array, _kept(block)) if scale.ndim else scale
 
 

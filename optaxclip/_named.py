@@ -14,7 +14,7 @@ from optaxclip._split import AxisName
 from optaxclip.limits import LimitLike, as_limit
 
 Transformation: TypeAlias = optax.GradientTransformationExtraArgs
-Axis: TypeAlias = int | Sequence[int] | Mapping[str, int | Sequence[int]] | None
+Axis: TypeAlias = int | str | Sequence[int] | Mapping[str, int | str | Sequence[int] | None] | None
 
 
 @_checks.named()

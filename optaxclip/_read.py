@@ -1,7 +1,7 @@
 """Leaves, merged where they are small, and their partial results at a scale.
 
-Before entries are squared they are multiplied by a power of two, in the accumulation dtype, so that neither
-large nor small ones leave its range.
+Before entries are squared they may be multiplied by a power of two, in the accumulation dtype, so that
+neither large nor small ones leave its range.
 """
 
 import collections
@@ -30,14 +30,16 @@ class Block(NamedTuple):
       reduced: the axes that the norm runs over.
       rows: the row of the groups that each index of the other axes belongs to, `(indices,)`.
       split: the manual mesh axes that the entries are split over.
-      scale: what entries are multiplied by first, of the shape `()` or `kept`.
+      scale: what entries are multiplied by first, of the shape `()` or `kept`; None to read them as they are.
+      weight: what partial results are multiplied by then, `(indices,)`; None for 1.
     """
 
     array: jax.Array
     reduced: tuple[int, ...]
     rows: np.ndarray
     split: tuple[str, ...] = ()
-    scale: jax.Array | float = 1.0
+    scale: jax.Array | np.floating | None = None
+    weight: np.ndarray | None = None
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -74,12 +76,26 @@ def blocks_of(
 
 def partials(blocks: Sequence[Block], norm: Norm, dtype: np.dtype) -> jax.Array:
     """The partial results of blocks, all in one vector."""
+    plain = {
+        k: _measured(widen(block.array, dtype), block, norm)
+        for k, block in enumerate(blocks)
+        if block.scale is None
+    }
     found = []
-    for block in blocks:
-        scale = _mesh.replicate(jnp.asarray(block.scale, dtype), block.array)
-        scale = jnp.expand_dims(scale, block.reduced) if scale.ndim else scale
-        found.append(_measured(times(widen(block.array, dtype), scale), block, norm))
+    for k, block in enumerate(blocks):
+        value = plain[k] if k in plain else _scaled(block, norm, dtype, next(iter(plain.values()), None))
+        found.append(value.reshape(-1) if block.weight is None else value.reshape(-1) * block.weight)
     return _flat(found)
+
+
+def _scaled(block: Block, norm: Norm, dtype: np.dtype, known: jax.Array | None) -> jax.Array:
+    scale = jnp.asarray(block.scale, dtype)
+    if known is not None:
+        # Never so, which XLA does not know: it would write a constant scale out, as large as the block.
+        scale = jnp.where(known < 0, known, scale)
+    scale = _mesh.replicate(scale, block.array)
+    scale = jnp.expand_dims(scale, block.reduced) if scale.ndim else scale
+    return _measured(times(widen(block.array, dtype), scale), block, norm)
 
 
 def peaks(blocks: Sequence[Block], dtype: np.dtype) -> jax.Array:

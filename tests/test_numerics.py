@@ -487,3 +487,67 @@ def _equations(jaxpr):
             if inner is not None:
                 names.append(_equations(inner))
     return names
+
+
+# Large leaves are read as they are at first; what that cannot do for them, a second reading does.
+SIZES = [1.0, 0.0, 1e-9, 1e-15, 1e-18, 1e-22, 1e-26, 1e19, 1e25, 1e33]
+
+
+@pytest.mark.parametrize("kind", ["l2", "l1", "linf", "rms"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_large_leaves_of_any_size_beside_each_other_are_measured_rightly(dtype, kind):
+    """Groups of 5,000 entries from 1e-26 to 1e33, a zero one and an ordinary one, all in one update."""
+    leaves = random(dtype, *[(50, 100)] * len(SIZES))
+    grads = {
+        f"{k}": leaf * jnp.asarray(size, dtype)
+        for k, (leaf, size) in enumerate(zip(leaves, SIZES, strict=True))
+    }
+    found = jax.jit(lambda tree: oc.group_norms(tree, oc.groups.leaf(), NORMS[kind]))(grads)
+    for name, leaf in grads.items():
+        np.testing.assert_allclose(found[name], reference.norm([leaf], kind), rtol=2e-6)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("other", [1.0, 0.0, 1e-22, 1e25])
+def test_large_and_small_leaves_share_a_norm_at_any_size(size, other):
+    """A kernel and its bias, each of any size, in one group beside an ordinary one."""
+    kernel, bias, head = random("float32", (50, 100), (100,), (70, 100))
+    grads = {"dense": {"kernel": kernel * size, "bias": bias * other}, "head": {"kernel": head}}
+    found = measured_by_layer(grads)
+    norm = reference.norm([grads["dense"]["kernel"], grads["dense"]["bias"]])
+    np.testing.assert_allclose(found["dense"], norm, rtol=2e-6)
+    np.testing.assert_allclose(found["head"], reference.norm([head]), rtol=2e-6)
+
+
+@jax.jit
+def measured_by_layer(tree):
+    return oc.group_norms(tree, oc.groups.layer())
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_large_leaf_that_is_not_finite_is_reported_beside_tiny_and_huge_ones(bad):
+    """Other groups have their norms nevertheless."""
+    leaves = random("float32", *[(50, 100)] * 3)
+    grads = {"a": leaves[0].at[3, 4].set(bad), "b": leaves[1] * 1e-25, "c": leaves[2] * 1e25}
+    found = jax.jit(oc.group_norms)(grads)
+    np.testing.assert_equal(np.asarray(found["a"]), np.float32(bad))
+    for name in "bc":
+        np.testing.assert_allclose(found[name], reference.norm([grads[name]]), rtol=2e-6)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-25, 1e25])
+def test_large_leaves_are_measured_rightly_under_vmap_and_in_scan(size):
+    """Each example by itself, whatever the size of the others."""
+    batch = random("float32", (3, 50, 100))[0] * jnp.array([1.0, size, 1e-9])[:, None, None]
+    expected = [reference.norm([x]) for x in batch]
+    norm = lambda x: oc.group_norms({"w": x})["w"]  # noqa: E731
+    np.testing.assert_allclose(jax.jit(jax.vmap(norm))(batch), expected, rtol=2e-6)
+    np.testing.assert_allclose(jax.lax.map(norm, batch), expected, rtol=2e-6)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-20, 1e20])
+def test_norms_of_large_leaves_have_their_derivatives(size):
+    """That of the norm is the unit vector, at any size."""
+    (leaf,) = random("float32", (50, 100))
+    grads = jax.jit(jax.grad(lambda x: oc.group_norms({"w": x})["w"]))(leaf * size)
+    np.testing.assert_allclose(grads, leaf / reference.norm([leaf]), rtol=1e-5, atol=1e-8)

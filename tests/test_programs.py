@@ -78,18 +78,21 @@ def test_reads_are_followed_into_loops_and_branches():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", [*GROUPED, "adaptive"])
 def test_a_clip_reads_each_gradient_twice(name, dtype):
-    """Once for its norm, in the loop that would read it again if that overflowed, and once to scale it."""
-    assert reads("alone", name, "large", dtype) == {(1, 1, 0)}
+    """Once for its norm and once to scale it; a loop, not entered as a rule, would measure it once more."""
+    assert reads("alone", name, "large", dtype) == {(2, 1, 0)}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", GROUPED)
 def test_in_a_step_a_clip_adds_one_read(name, dtype):
-    """Scaling is part of the kernels in which AdamW reads the gradients anyway: only the norm is added."""
+    """Scaling is part of the kernels in which AdamW reads the gradients anyway: only the norm is added.
+
+    The loop would measure them once more if the norm overflowed.
+    """
     ((entry, loop, branch),) = reads("step", name, "large", dtype)
     ((without, _, _),) = reads("step", "none", "large", dtype)
     assert (loop, branch) == (1, 0)
-    assert entry <= without
+    assert entry <= without + 1
 
 
 @NEW_XLA
