@@ -61,13 +61,13 @@ def drops_in(
         return optax.apply_updates(params, updates), state, value, grads
 
     state = jax.jit(tx.init)(params)
-    kinds = jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    started = state
     losses = []
     for _ in range(3):
         before = params, state
         params, state, value, grads = step(params, state)
         losses.append(float(value))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == kinds
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, started)
     assert len(traces) == 1
     assert losses[2] < losses[0]
 

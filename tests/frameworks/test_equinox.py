@@ -64,6 +64,7 @@ def test_unfiltered_modules_have_leaves_that_are_no_arrays():
     """Functions are left alone; JAX itself cannot pass them to a jitted function."""
     model = eqx.nn.MLP(3, 1, 4, 1, key=KEY)
     assert list(oc.group_norms(model, oc.groups.layer())) == ["layers/0", "layers/1"]
+    assert oc.describe(oc.groups.layer(), model).endswith("  final_activation  ()  function")
     clipped, _ = oc.rescale_tree(model, 1e-3)
     assert clipped.activation is model.activation
     assert eqx.tree_equal(clipped.layers[0].use_bias, model.layers[0].use_bias)
