@@ -82,7 +82,7 @@ def drops_in(
         np.testing.assert_allclose(logs[f"clip/norm_after/{name}"], min(norm, LIMIT), rtol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(history.norms[-1]), squares**0.5, rtol=1e-5)
 
-    again = step(before[0], restart(before[1], tx.init(params)))
+    again = step(before[0], restart(before[1], started))
     chex.assert_trees_all_equal(again, (params, state, value, grads))
     return state
 

@@ -66,9 +66,7 @@ def step(tx):
 
 def test_a_restored_run_goes_on_bit_by_bit(tmp_path):
     """Recordings, limits that follow the norms and what is carried are all in the state."""
-    parts = [
-        METHODS[name]() for name in ("record", "adagc", "autoclip", "singular values", "carry", "numbers")
-    ]
+    parts = [METHODS[name]() for name in ("record", "adagc", "autoclip", "carry")]
     tx = optax.chain(*parts, optax.adam(0.1))
     run, now = step(tx), (PARAMS, tx.init(PARAMS))
     for _ in range(2):
@@ -122,14 +120,14 @@ def test_clipping_is_taken_out_again(tmp_path):
     assert restored[1][0].count == 1
 
 
-def test_a_limit_may_change_between_save_and_restore(tmp_path):
+def test_a_limit_may_change_between_save_and_restore():
     """A number is no part of the state; neither is a schedule."""
     saved = oc.clip_by_layerwise_norm(0.1)
-    _, state = saved.update(PARAMS, saved.init(PARAMS))
+    _, state = jax.jit(saved.update)(PARAMS, saved.init(PARAMS))
     for limit in (2.0, optax.linear_schedule(1.0, 0.1, 10)):
         tx = oc.clip_by_layerwise_norm(limit)
         chex.assert_trees_all_equal_structs(tx.init(PARAMS), state)
-        _, after = tx.update(PARAMS, state)
+        _, after = jax.jit(tx.update)(PARAMS, state)
         assert after.step == 2
 
 

@@ -101,7 +101,7 @@ def test_adaptive_clipping_takes_a_framework_and_names():
     params, apply, names = stateless(model)
     tx = optax.chain(oc.adaptive_grad_clip(1e-3, groups=oc.groups.unit("keras", names=names)), optax.sgd(1.0))
     grads = jax.grad(lambda p: jnp.mean((apply(p, X) - 1) ** 2))(params)
-    updates, _ = tx.update(grads, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     np.testing.assert_allclose(
         np.linalg.norm(updates[0], axis=0), 1e-3 * np.linalg.norm(params[0], axis=0), rtol=1e-5
     )
