@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import _mesh, groups as _groups
+from optaxclip import _layouts, _mesh, groups as _groups
 from optaxclip._base import Leaf, PyTree
 from optaxclip._partition import Place, is_grouped, named_leaves, partition
 from optaxclip._read import times, widen
@@ -80,12 +80,12 @@ def centralize(
         if rank < 2:
             return ()
         axes = next((axes for pattern, axes in rules if pattern.search(leaf.path)), None)
-        if axes is None and rank not in _groups._UNIT_AXES:
+        if axes is None and rank not in _layouts.BY_RANK:
             raise ValueError(
                 f"{where}: leaf {leaf.path!r} has rank {rank}, shape {leaf.shape}; the default knows ranks 0 "
                 "to 6. Pass axis={pattern: axes} for it."
             )
-        axes = _groups._UNIT_AXES[rank] if axes is None else axes
+        axes = _layouts.BY_RANK[rank] if axes is None else axes
         for a in axes:
             if not -rank <= a < rank:
                 raise ValueError(

@@ -69,7 +69,9 @@ def _leaf_lines(part: Partition, indices: Sequence[int]) -> list[str]:
         if place is not None and not place.measured:
             note.append("scaled only")
         dtype = str(getattr(leaf, "dtype", type(leaf).__name__))
-        rows.append((part.paths[k] or "(root)", str(jnp.shape(leaf)), dtype, ", ".join(note)))
+        rows.append(
+            (part.paths[k] or "(root)", str(tuple(getattr(leaf, "shape", ()))), dtype, ", ".join(note))
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return [
         "  " + "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]).rstrip()

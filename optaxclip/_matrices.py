@@ -34,7 +34,7 @@ class SpectralState(NamedTuple):
       step: how many updates there were, int32, `()`.
       rule: the limit's own state.
       vector: the right singular vectors of all matrices one after another, float32, of complex ones the real
-        and then the imaginary parts; 0 before the first update. Empty where none are remembered.
+        and then the imaginary parts; 0 before the first update. `()` where none are remembered.
       norm: the largest singular values that came in, float32.
       norm_after: the largest that went out, float32.
       limit: the limits they were held against, float32.
@@ -46,7 +46,7 @@ class SpectralState(NamedTuple):
 
     step: jax.Array
     rule: PyTree
-    vector: jax.Array
+    vector: jax.Array | tuple[()]
     norm: jax.Array
     norm_after: jax.Array
     limit: jax.Array
@@ -109,11 +109,11 @@ def transformation(method: Method, axes: Axes, stacked: str | None) -> optax.Gra
     def init(params: PyTree) -> SpectralState:
         part = partition(groups, params)
         views = views_of(part)
-        entries = sum(_entries(part.leaves[k], view) for k, view in views.items()) if method.warm else 0
+        entries = sum(_entries(part.leaves[k], view) for k, view in views.items())
         return SpectralState(
             step=jnp.zeros((), jnp.int32),
             rule=method.limit.init(part.table),
-            vector=jnp.zeros((entries,), jnp.float32),
+            vector=jnp.zeros((entries,), jnp.float32) if method.warm else (),
             whole=blank(()),
             **blank((len(part.table.names),))._asdict(),
         )
@@ -194,7 +194,7 @@ def _find(
     part: Partition,
     leaves: Sequence[Any],
     views: Mapping[int, View],
-    vectors: jax.Array,
+    vectors: jax.Array | tuple[()],
     step: Any,
 ) -> dict[int, Found]:
     """Measures all leaves, by their number; decompositions one after the other.
@@ -203,6 +203,7 @@ def _find(
     together, none may end.
     """
     found, first, earlier = {}, 0, jnp.zeros((), jnp.float32)
+    vectors = jnp.zeros((0,), jnp.float32) if isinstance(vectors, tuple) else vectors
     for k, (place, leaf) in enumerate(zip(part.places, leaves, strict=True)):
         if place is None:
             continue

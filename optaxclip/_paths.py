@@ -16,6 +16,7 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tup
     """The leaves of a tree, in its order, each with its normalised keys.
 
     A wrapper's key at the end of a path is dropped where it has no sibling: `kernel/value` becomes `kernel`.
+    A last key with slashes in it, as flattened trees have, is several keys.
     """
     with_path, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     wrapped = any(path and path[-1] in _WRAPPERS for path, _ in with_path)
@@ -24,7 +25,8 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tup
     for path, leaf in with_path:
         while path and path[-1] in _WRAPPERS and below[path[:-1]] == 1:
             path = path[:-1]
-        flat.append((tuple(jax.tree_util.keystr((key,), simple=True) for key in path), leaf))
+        keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
+        flat.append(((*keys[:-1], *(part for key in keys[-1:] for part in key.split("/"))), leaf))
     return flat
 
 

@@ -30,7 +30,8 @@ class RecordState(NamedTuple):
       step: how many updates there were, int32, `()`.
       norm: the last norms, float32 `(capacity, rows)`; update t is in row t modulo the capacity.
       loss: the last losses likewise, float32 `(capacity,)`; NaN where none was given.
-      params: the last norms of the parameters, float32 `(capacity, rows)`, or `(0, rows)` if not asked for.
+      params: the last norms of the parameters, float32 `(capacity, rows)`, or `()` if not asked for: Orbax
+        refuses to save an array without entries.
       start: the norms of what `init` was given, float32 `(rows,)`; NaN where that was no array.
       histogram: in how many updates the norm fell into each of the bins, int32 `(rows, 512)`: four bins for
         each doubling, from 2^-64 to 2^64; the outermost hold what is beyond. Norms of zero and those that are
@@ -47,7 +48,7 @@ class RecordState(NamedTuple):
     step: jax.Array
     norm: jax.Array
     loss: jax.Array
-    params: jax.Array
+    params: jax.Array | tuple[()]
     start: jax.Array
     histogram: jax.Array
     largest: jax.Array
@@ -151,7 +152,7 @@ def _start(part: Partition, options: Options, capacity: int, stretches: int, kep
         step=counts(),
         norm=jnp.zeros((capacity, rows), jnp.float32),
         loss=none(capacity),
-        params=jnp.zeros((kept, rows), jnp.float32),
+        params=jnp.zeros((kept, rows), jnp.float32) if kept else (),
         start=none(rows) if found is None else found,
         histogram=counts(rows, BINS),
         largest=jnp.zeros((rows,), jnp.float32),
@@ -177,7 +178,7 @@ def _recorded(
     """The state after an update, but for its step."""
     table = table_of(part, options)
     norm = single(measured(part, part.leaves, table, options).norm)
-    if len(state.params):
+    if not isinstance(state.params, tuple):
         if params is None:
             raise ValueError(_checks.NO_PARAMS)
         matched = matching(part, params, options.groups.names, "record")

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from optaxclip import _checks, _paths
+from optaxclip import _checks, _layouts, _paths
 from optaxclip._base import Groups, Leaf, Member
 
 __all__ = [
@@ -261,14 +261,15 @@ def labels(rule: Any, *, names: Sequence[str] | None = None) -> Groups:
     if callable(rule) and jax.tree_util.all_leaves([rule]):
         return _by_leaf(where, lambda leaf: _member(where, rule(leaf.path, leaf.value)), names)
     prefix = {
-        keys: _member(where, name)
+        _parts(keys): _member(where, name)
         for keys, name in _paths.flatten(rule, is_leaf=lambda x: x is None or isinstance(x, Member))
     }
 
     def place(leaf: Leaf) -> Member | None:
-        for length in range(len(leaf.keys), -1, -1):
-            if leaf.keys[:length] in prefix:
-                return prefix[leaf.keys[:length]]
+        parts = _parts(leaf.keys)
+        for length in range(len(parts), -1, -1):
+            if parts[:length] in prefix:
+                return prefix[parts[:length]]
         raise ValueError(
             f"{where}: no name for leaf {leaf.path!r}. Names are given at "
             f"{_checks.listed('/'.join(keys) for keys in prefix)}. Add one at or above the leaf."
@@ -277,15 +278,15 @@ def labels(rule: Any, *, names: Sequence[str] | None = None) -> Groups:
     return _by_leaf(where, place, names)
 
 
-# The axes that the norm of an output unit runs over, by rank: JAX's layouts keep outputs last.
-_UNIT_AXES = {2: (0,), 3: (0,), 4: (0, 1, 2), 5: (0, 1, 2, 3), 6: (0, 1, 2, 3, 4)}
+def _parts(keys: tuple[str, ...]) -> tuple[str, ...]:
+    """The keys without slashes in them: trees of names may be nested where a tree of arrays is flat."""
+    return tuple(part for key in keys for part in key.split("/"))
 
 
-def unit(
-    axis: int | Sequence[int] | Mapping[str, int | Sequence[int]] | None = None,
-    *,
-    names: Sequence[str] | None = None,
-) -> Groups:
+Axis = int | str | Sequence[int] | None
+
+
+def unit(axis: Axis | Mapping[str, Axis] = None, *, names: Sequence[str] | None = None) -> Groups:
     """One group for each output unit of each array, as adaptive gradient clipping has it.
 
     By default the norm runs over these axes, following JAX's layouts with outputs last:
@@ -300,17 +301,23 @@ def unit(
     | 6 | any, outputs last | 0, 1, 2, 3, 4 | one per output |
 
     An array with at most one axis longer than 1 counts as a vector, one group, as in the paper's code and
-    Optax. A 1-D convolution `WIO` or an attention output `(heads, head, model)` needs
-    `{pattern: (0, 1)}`; PyTorch's and Equinox's `(out, in)` need `{"weight$": 1}`. Biases keep the default.
+    Optax.
+
+    Ranks do not tell a 1-D convolution `WIO` from attention, an attention output `(heads, head, model)` from
+    its input, or Equinox's `(out, in)` from `(in, out)`. Names do: `"equinox"`, `"flax"`, `"haiku"` and
+    `"keras"` stand for how that framework calls and shapes its arrays (haliax is as Equinox). With them
+    biases and scales of any rank are one group, and an embedding has one for each of its rows, a token.
 
     Args:
-      axis: the axes that the norm runs over, for all arrays, negative ones counted from the end; or a dict
-        from pattern to axes, where the first pattern found in the path wins and the rest gets the default.
+      axis: the axes that the norm runs over, for all arrays, negative ones counted from the end; or the name
+        of a framework; or a dict from pattern to one of these, where the first pattern found in the path wins
+        and the rest gets the default: `{"fused_qkv/kernel$": 0, "": "flax"}`.
       names: paths to use in place of the tree's, one per leaf in tree order.
 
     Raises:
       TypeError: if an axis is not an integer.
-      ValueError: in `init`, if an axis is out of range or a rank above 6 has no axes.
+      ValueError: if the framework is none of these; in `init`, if an axis is out of range or, without a
+        framework, a rank above 6 has no axes.
 
     References:
       Brock et al., [High-Performance Large-Scale Image Recognition Without
@@ -320,31 +327,32 @@ def unit(
     >>> oc.group_norms({"kernel": jnp.array([[3.0, 5.0], [4.0, 12.0]])}, oc.groups.unit())
     {'kernel': Array([ 5., 13.], dtype=float32)}
     >>> linear = {"weight": jnp.array([[3.0, 4.0], [5.0, 12.0]]), "bias": jnp.array([0.6, 0.8])}
-    >>> norms = oc.group_norms(linear, oc.groups.unit({"weight$": 1}))
-    >>> print(norms["weight"], norms["bias"])
+    >>> for axis in ("equinox", {"weight$": 1}):
+    ...     norms = oc.group_norms(linear, oc.groups.unit(axis))
+    ...     print(norms["weight"], norms["bias"])
+    [ 5. 13.] 1.0
     [ 5. 13.] 1.0
     """
     where = "groups.unit"
     by_pattern = axis if isinstance(axis, Mapping) else {"": axis}
-    rules = [(_compiled(where, pattern), _axes(where, axes)) for pattern, axes in by_pattern.items()]
+    rules = [(_compiled(where, pattern), _layout(where, own)) for pattern, own in by_pattern.items()]
 
     def place(leaf: Leaf) -> Member:
         axes = next((axes for pattern, axes in rules if pattern.search(leaf.path)), None)
-        rank = len(leaf.shape)
-        if axes is not None:
+        if isinstance(axes, tuple):
             reduced = {_in_range(where, a, leaf) for a in axes}
-        elif sum(size > 1 for size in leaf.shape) <= 1:
-            reduced = set(range(rank))
-        elif rank in _UNIT_AXES:
-            reduced = set(_UNIT_AXES[rank])
         else:
-            raise ValueError(
-                f"{where}: leaf {leaf.path!r} has rank {rank}, shape {leaf.shape}; the default knows ranks 0 "
-                "to 6. Pass axis={pattern: axes} for it."
-            )
-        return Member(leaf.path or ROOT, rows=tuple(a for a in range(rank) if a not in reduced))
+            reduced = _layouts.reduced(where, leaf, axes)
+        return Member(leaf.path or ROOT, rows=tuple(a for a in range(len(leaf.shape)) if a not in reduced))
 
     return _by_leaf(where, place, names)
+
+
+def _layout(where: str, axis: Any) -> tuple[int, ...] | str | None:
+    if not isinstance(axis, str):
+        return _axes(where, axis)
+    _checks.one_of(where, _layouts.LAYOUTS, axis=axis)
+    return axis
 
 
 def _axes(where: str, axes: Any) -> tuple[int, ...] | None:

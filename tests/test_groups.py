@@ -162,6 +162,91 @@ def test_unit_axes_by_pattern_with_the_default_for_the_rest():
     np.testing.assert_allclose(found["dense"], np.full(6, 2.0), rtol=1e-6)
 
 
+UNITS = {
+    "flax": {
+        "dense/kernel": ((4, 6), 6),
+        "conv/kernel": ((3, 4, 6), 6),  # of one dimension; attention by rank alone
+        "attention/query/kernel": ((4, 2, 3), 6),
+        "attention/query/bias": ((2, 3), 1),
+        "attention/out/kernel": ((2, 3, 4), 4),
+        "query/kernel": ((4, 6), 6),  # a dense layer that is called so
+        "embed/embedding": ((7, 4), 7),
+        "norm/scale": ((4, 4), 1),
+        "fused/kernel": ((4, 3, 2, 2, 2, 2, 5), 5),
+        "wide/kernel": ((1, 6), 1),
+    },
+    "equinox": {
+        "linear/weight": ((6, 4), 6),
+        "conv/weight": ((6, 4, 3, 3), 6),
+        "conv/bias": ((6, 1, 1), 1),
+        "norm/bias": ((2, 3), 1),
+        "embedding/weight": ((7, 4), 7),
+    },
+    "haiku": {
+        "mlp/~/linear_0/w": ((4, 6), 6),
+        "conv1_d/w": ((3, 4, 6), 6),
+        "conv2_d_transpose_1/w": ((3, 3, 6, 4), 6),
+        "embed/embeddings": ((7, 4), 7),
+        "norm/offset": ((2, 3), 1),
+    },
+    "keras": {
+        "sequential/dense/kernel": ((4, 6), 6),
+        "conv1d/kernel": ((3, 4, 6), 6),
+        "conv2d_transpose/kernel": ((3, 3, 6, 4), 6),
+        "depthwise_conv2d_3/kernel": ((3, 3, 4, 2), 8),
+        "separable/depthwise_kernel": ((3, 3, 4, 2), 8),
+        "attention/key/kernel": ((4, 2, 3), 6),
+        "attention/attention_output/kernel": ((2, 3, 4), 4),
+        "gru/gru_cell/recurrent_kernel": ((4, 12), 12),
+        "gru/gru_cell/bias": ((2, 12), 1),
+        "batch_norm/gamma": ((2, 3), 1),
+    },
+}
+
+
+@pytest.mark.parametrize("framework", UNITS)
+def test_units_by_the_names_of_a_framework(framework):
+    """Names tell what ranks do not: which axes count outputs, and what is a bias of rank 2."""
+    shapes = {path: jnp.ones(shape) for path, (shape, _) in UNITS[framework].items()}
+    found = oc.group_norms(shapes, oc.groups.unit(framework))
+    assert {path: norm.size for path, norm in found.items()} == {
+        path: count for path, (_, count) in UNITS[framework].items()
+    }
+    for path, norm in found.items():
+        np.testing.assert_allclose(norm, (shapes[path].size / norm.size) ** 0.5, rtol=1e-6)
+
+
+def test_a_framework_for_the_rest_behind_patterns():
+    params = {"fused/kernel": jnp.ones((4, 3, 2)), "query/kernel": jnp.ones((4, 3, 2)), "w": jnp.ones((3, 4))}
+    rules = {"fused": 1, "/kernel": "flax", "w": "equinox"}
+    found = oc.group_norms(params, oc.groups.unit(rules))
+    assert {path: norm.size for path, norm in found.items()} == {"fused/kernel": 8, "query/kernel": 6, "w": 3}
+
+
+def test_a_method_takes_the_name_of_a_framework():
+    """Adaptive clipping of `(out, in)`, by output."""
+    params = {"weight": jnp.array([[3.0, 4.0], [0.0, 1.0]])}
+    tx = oc.adaptive_grad_clip(0.1, axis="equinox")
+    updates, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(updates["weight"], 0.1 * params["weight"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis", ["torch", {"weight$": 1, "": "torch"}])
+def test_a_framework_that_is_not_known(axis):
+    message = "groups.unit: axis is 'torch'. Pass one of 'equinox', 'flax', 'haiku', 'keras'."
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        oc.groups.unit(axis)
+
+
+def test_a_last_key_with_slashes_is_several_keys():
+    """As in flattened trees; the keys above are taken as they are."""
+    flat = {"a/b/kernel": jnp.full(1, 3.0), "a/b/bias": jnp.full(1, 4.0), "c/~/d": {"w": jnp.ones(1)}}
+    assert norms(oc.groups.layer(), flat) == {"a/b": 5, "c/~/d": 1}
+    assert norms(oc.groups.depth(1), flat) == {"a": 5, "c/~/d": 1}
+    for tree in ({"a/b": "x", "c/~/d": "y"}, {"a": "x", "c/~/d": {"w": "y"}}):
+        assert norms(oc.groups.labels(tree), flat) == {"x": 5, "y": 1}
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize(
     "inner", [oc.groups.layer(), oc.groups.leaf(), oc.groups.unit()], ids=["layer", "leaf", "unit"]

@@ -1,0 +1,107 @@
+"""Keras 3 on JAX: a plain list of arrays, whose names are asked of the model."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from claims import drops_in, is_one, is_unit, units
+
+import optaxclip as oc
+
+os.environ["KERAS_BACKEND"] = "jax"
+keras = pytest.importorskip("keras")
+X = jax.random.normal(jax.random.key(0), (8, 3))
+Z = jax.random.normal(jax.random.key(2), (2, 4, 4, 3))
+
+
+def stateless(model):
+    """A model's parameters, its function of them, and the names of the parameters."""
+    rest = [v.value for v in model.non_trainable_variables]
+    params = [v.value for v in model.trainable_variables]
+    names = [v.path for v in model.trainable_variables]
+    return params, lambda params, x: model.stateless_call(params, rest, x)[0], names
+
+
+def test_a_model_drops_in():
+    """The layers are called as Keras calls them."""
+    layers = [keras.layers.Dense(4, "tanh", name="hidden"), keras.layers.LayerNormalization(name="norm")]
+    model = keras.Sequential([keras.Input((3,)), *layers, keras.layers.Dense(1, name="head")], name="mlp")
+    params, apply, names = stateless(model)
+    assert names[0] == "mlp/hidden/kernel"
+    found = {
+        f"mlp/{name}": lambda tree, k=k: tree[k : k + 2]
+        for name, k in (("head", 4), ("hidden", 0), ("norm", 2))
+    }
+    drops_in(params, lambda p: jnp.mean((apply(p, X) - 1) ** 2), found, oc.groups.layer(names=names))
+    assert list(oc.group_norms(params, oc.groups.layer())) == ["(root)"]  # without names
+
+
+def test_names_for_another_number_of_leaves_are_an_error():
+    """Those of all variables, say, in place of those that are trained."""
+    with pytest.raises(ValueError, match=r"names= has 1 paths for a tree of 2 leaves. Pass one per leaf"):
+        oc.group_norms([jnp.ones(1), jnp.ones(2)], oc.groups.layer(names=["mlp/dense/kernel"]))
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (keras.layers.Dense(5), X),
+        (keras.layers.Conv1D(5, 2), Z[0]),
+        (keras.layers.Conv2D(5, 2), Z),
+        (keras.layers.Conv2DTranspose(5, 2), Z),
+        (keras.layers.DepthwiseConv2D(2, depth_multiplier=2), Z),
+        (keras.layers.EinsumDense("abc,cd->abd", (None, 5), bias_axes="d"), Z[0]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, keras.Layer) else "",
+)
+def test_units_of_layers_are_their_outputs(layer, x):
+    """By the derivative of each output: a kernel has a group for each of them, a bias has one."""
+    layer.build(x.shape)
+    params, apply, names = stateless(layer)
+    params = [x + 0.1 for x in params]
+    found = units(params, lambda p: apply(p, x), oc.groups.unit("keras", names=names))
+    kernel, bias = names
+    assert is_unit(found, kernel)
+    assert is_one(found, bias)
+
+
+def test_units_of_attention_recurrent_layers_and_embeddings():
+    """Heads and features of what goes in, features of what comes out, gates, tokens; biases are one."""
+    tokens = keras.Input((6,), dtype="int32")
+    x = keras.layers.Embedding(10, 4, name="embed")(tokens)
+    x = keras.layers.MultiHeadAttention(2, 3, name="attention")(x, x)
+    x = keras.layers.SeparableConv1D(5, 2, name="separable")(x)
+    model = keras.Model(tokens, keras.layers.GRU(7, name="gru")(x))
+    params, _, names = stateless(model)
+    counts = {
+        name: norm.size for name, norm in oc.group_norms(params, oc.groups.unit("keras", names=names)).items()
+    }
+    assert {name: count for name, count in counts.items() if count > 1} == {
+        "embed/embeddings": 10,
+        "attention/query/kernel": 6,
+        "attention/key/kernel": 6,
+        "attention/value/kernel": 6,
+        "attention/attention_output/kernel": 4,
+        "separable/depthwise_kernel": 4,
+        "separable/pointwise_kernel": 5,
+        "gru/gru_cell/kernel": 21,
+        "gru/gru_cell/recurrent_kernel": 21,
+    }
+    assert {"attention/query/bias", "gru/gru_cell/bias"} < {
+        name for name, count in counts.items() if count == 1
+    }
+
+
+def test_adaptive_clipping_takes_a_framework_and_names():
+    """By a grouping, since names go with groupings."""
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="head")], name="m")
+    params, apply, names = stateless(model)
+    tx = optax.chain(oc.adaptive_grad_clip(1e-3, groups=oc.groups.unit("keras", names=names)), optax.sgd(1.0))
+    grads = jax.grad(lambda p: jnp.mean((apply(p, X) - 1) ** 2))(params)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    np.testing.assert_allclose(
+        np.linalg.norm(updates[0], axis=0), 1e-3 * np.linalg.norm(params[0], axis=0), rtol=1e-5
+    )
