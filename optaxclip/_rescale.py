@@ -145,7 +145,7 @@ def rescale_by_norm(
       out_dtype: the dtype that scaled leaves come out in, a real one; complex leaves come out in the complex
         one of the same precision, and what belongs to no group as it is. By default each leaf keeps its own.
         `jnp.float32` in front of an optimizer with moments in float32 saves bfloat16 gradients from being
-        rounded again, and from being written out on the way.
+        rounded again.
 
     Returns:
       A transformation with a `RescaleState`.

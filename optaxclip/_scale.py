@@ -128,10 +128,41 @@ def _times(
 ) -> jax.Array:
     real = jnp.float64 if jnp.finfo(leaf.dtype).bits == 64 else jnp.float32
     product = times(times(widen(leaf, real), first.astype(real)), then.astype(real))
-    product, leaf = (x.astype(leaf.dtype) if dtype is None else widen(x, dtype) for x in (product, leaf))
     if drop:
         product = jnp.where(then == 0, jnp.zeros_like(product), product)
+    if leaf.dtype == jnp.bfloat16 and dtype in (None, jnp.bfloat16):
+        return _bfloat16(product, leaf, then != 1)
+    product, leaf = (x.astype(leaf.dtype) if dtype is None else widen(x, dtype) for x in (product, leaf))
     return jnp.where(then != 1, product, leaf)
+
+
+@jax.custom_jvp
+def _bfloat16(product: jax.Array, leaf: jax.Array, changed: jax.Array) -> jax.Array:
+    """The float32 product rounded to bfloat16, or the leaf where nothing is changed.
+
+    On CPU by their bits: XLA writes out what it converts to bfloat16, and does not leave out the writing of
+    what has not changed.
+    """
+
+    def by_bits(product, leaf, changed):
+        bits = lax.bitcast_convert_type(product, jnp.uint32)
+        half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))  # to the nearest, ties to even
+        rounded = jnp.where(jnp.isnan(product), np.uint32(0x7FC00000), bits + half) >> np.uint32(16)
+        kept = lax.bitcast_convert_type(leaf, jnp.uint16)
+        return lax.bitcast_convert_type(jnp.where(changed, rounded.astype(jnp.uint16), kept), jnp.bfloat16)
+
+    def converted(product, leaf, changed):
+        return jnp.where(changed, product.astype(jnp.bfloat16), leaf)
+
+    return lax.platform_dependent(product, leaf, changed, cpu=by_bits, default=converted)
+
+
+@_bfloat16.defjvp
+def _(primals, tangents):
+    product, leaf, changed = tangents
+    _, _, where = primals
+    del changed
+    return _bfloat16(*primals), jnp.where(where, product.astype(jnp.bfloat16), leaf)
 
 
 def _apart(

@@ -9,6 +9,7 @@ import reference
 from versions import enable_x64
 
 import optaxclip as oc
+from optaxclip import _scale
 
 DTYPES = ["float16", "bfloat16", "float32", "float64", "complex64"]
 EPSILON = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-6, "float64": 1e-12, "complex64": 1e-6}
@@ -551,3 +552,32 @@ def test_norms_of_large_leaves_have_their_derivatives(size):
     (leaf,) = random("float32", (50, 100))
     grads = jax.jit(jax.grad(lambda x: oc.group_norms({"w": x})["w"]))(leaf * size)
     np.testing.assert_allclose(grads, leaf / reference.norm([leaf]), rtol=1e-5, atol=1e-8)
+
+
+def test_bfloat16_is_rounded_to_nearest_ties_to_even():
+    """As NumPy rounds it: over random bit patterns of float32, with those at and beside every tie."""
+    bits = np.random.default_rng(0).integers(0, 2**32, 1 << 18, dtype=np.uint32)
+    ties = (bits[: 1 << 16] & np.uint32(0xFFFF0000)) | np.uint32(0x8000)
+    bits = np.concatenate([bits, ties, ties + np.uint32(1), ties - np.uint32(1)])
+    product = bits.view(np.float32)
+    ours = jax.jit(_scale._bfloat16)(product, jnp.zeros(len(bits), jnp.bfloat16), jnp.bool_(True))
+    with np.errstate(invalid="ignore"):
+        expected = product.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(np.isnan(np.asarray(ours, np.float32)), np.isnan(product))
+    finite = ~np.isnan(product)
+    np.testing.assert_array_equal(np.asarray(ours).view(np.uint16)[finite], expected.view(np.uint16)[finite])
+
+
+def test_derivatives_of_clipped_bfloat16_are_those_of_float32():
+    """With respect to the update and to the limit, below the limit and above."""
+
+    def total(leaf, limit):
+        return jnp.sum(oc.rescale_tree({"w": leaf}, limit)[0]["w"].astype(jnp.float32) * weights)
+
+    weights = jnp.array([1.0, -2.0, 0.5])
+    for limit in (1.0, 100.0):
+        leaf = jnp.array([3.0, -1.5, 0.25])
+        by_leaf, by_limit = jax.grad(total, (0, 1))(leaf, limit)
+        half_leaf, half_limit = jax.grad(total, (0, 1))(leaf.astype(jnp.bfloat16), limit)
+        np.testing.assert_allclose(np.asarray(half_leaf, np.float32), by_leaf, rtol=2e-2, atol=2e-2)
+        np.testing.assert_allclose(half_limit, by_limit, rtol=2e-2)
