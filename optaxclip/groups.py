@@ -39,8 +39,18 @@ def measured_only(name: str) -> Member:
     For use in place of a name in `regex` and `labels`: parameters of another optimizer that should count
     towards the global norm, say.
 
-    >>> import optaxclip as oc
-    >>> rule = oc.groups.regex({"all": "kernel", oc.groups.measured_only("all"): "muon"})
+    Args:
+      name: the group's name.
+
+    Raises:
+      TypeError: if `name` is no str, or empty.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> rule = oc.groups.regex({oc.groups.measured_only("all"): "muon", "all": ".*"})
+    >>> grads = {"muon": jnp.array([4.0]), "adam": jnp.array([3.0])}
+    >>> tree, stats = oc.rescale_tree(grads, 1.0, groups=rule)
+    >>> print(stats.norm, tree["muon"], tree["adam"])
+    [5.] [4.] [0.6]
     """
     return _named("groups.measured_only", name)._replace(scaled=False)
 
@@ -50,8 +60,18 @@ def scaled_only(name: str) -> Member:
 
     For use in place of a name in `regex` and `labels`. A group that only has such leaves is an error.
 
-    >>> import optaxclip as oc
-    >>> rule = oc.groups.regex({oc.groups.scaled_only("all"): "embedding", "all": ".*"})
+    Args:
+      name: the group's name.
+
+    Raises:
+      TypeError: if `name` is no str, or empty.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> rule = oc.groups.regex({oc.groups.scaled_only("all"): "copy", "all": ".*"})
+    >>> grads = {"copy": jnp.array([3.0, 4.0]), "embedding": jnp.array([3.0, 4.0])}
+    >>> tree, stats = oc.rescale_tree(grads, 1.0, groups=rule)
+    >>> print(stats.norm, tree["copy"])
+    [5.] [0.6 0.8]
     """
     return _named("groups.scaled_only", name)._replace(measured=False)
 

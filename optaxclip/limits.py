@@ -257,7 +257,17 @@ def relative(ratio: LimitLike, floor: float | jax.Array = 1e-3) -> Limit:
 
 
 def at_most(a: LimitLike, b: LimitLike) -> Limit:
-    """The smaller of two limits, group by group. Both see every norm.
+    r"""The smaller of two limits, group by group. Both see every norm.
+
+    $$c_g = \min(a_g, b_g)$$
+
+    Args:
+      a: a number, an array, a schedule or a `Limit`.
+      b: likewise.
+
+    Raises:
+      TypeError: if one of them is none of these.
+      ValueError: if one is negative or NaN.
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> limit = oc.limits.at_most(oc.limits.per_group({"a": 1.0, "b": 9.0}), 2.0)
