@@ -23,6 +23,8 @@ def centralize(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Subtracts from each output unit of each array the mean of its entries: gradient centralisation.
 
+    $$u'_i = u_i - \frac{1}{d} \sum_{j=1}^{d} u_j \quad \text{over the } d \text{ entries of a unit}$$
+
     By default the mean runs over these axes, all but the outputs of JAX's layouts, as in `groups.unit`:
 
     | rank | layout | mean over |

@@ -33,7 +33,9 @@ class ClipByValueState(NamedTuple):
 def clip_by_value(
     max_delta: float | jax.Array | Callable[[Any], Any],
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips every entry to `[-max_delta, max_delta]`, as `optax.clip` does. It changes the direction.
+    r"""Clips every entry to `[-max_delta, max_delta]`, as `optax.clip` does. It changes the direction.
+
+    $$u'_i = \min(\max(u_i, -\delta), \delta)$$
 
     Infinite entries become the bound, NaN stays NaN; both are counted in the state. Of complex entries the
     modulus is clipped. Dtypes are kept. Leaves that are not floating point or complex pass through.

@@ -26,7 +26,9 @@ def clip_by_global_norm(
     axis_name: AxisName = None,
     specs: PyTree = None,
 ) -> Transformation:
-    """Scales the whole update down so that its L2 norm is at most `max_norm`; its direction is kept.
+    r"""Scales the whole update down so that its L2 norm is at most `max_norm`; its direction is kept.
+
+    $$u' = u \min\Big(1, \frac{c}{n}\Big), \qquad n = \|u\|_2 = \sqrt{\textstyle\sum_i |u_i|^2}$$
 
     Args:
       max_norm: the limit: a number, an array, a schedule or one of `optaxclip.limits`.
@@ -71,7 +73,9 @@ def clip_by_layerwise_norm(
     axis_name: AxisName = None,
     specs: PyTree = None,
 ) -> Transformation:
-    """Scales each layer down so that its own L2 norm, of kernel and bias together, is at most `max_norm`.
+    r"""Scales each layer down so that its own L2 norm, of kernel and bias together, is at most `max_norm`.
+
+    $$u'_g = u_g \min(1, c / \|u_g\|_2) \quad \text{for each layer } g$$
 
     Args:
       max_norm: the limit for each layer; see `clip_by_global_norm`. `limits.budget(c)` divides one limit on
@@ -114,7 +118,9 @@ def clip_by_leafwise_norm(
     axis_name: AxisName = None,
     specs: PyTree = None,
 ) -> Transformation:
-    """Scales each leaf down so that its own L2 norm is at most `max_norm`. Keras calls it `clipnorm`.
+    r"""Scales each leaf down so that its own L2 norm is at most `max_norm`. Keras calls it `clipnorm`.
+
+    $$u'_g = u_g \min(1, c / \|u_g\|_2) \quad \text{for each leaf } g$$
 
     Args:
       max_norm: the limit for each leaf; see `clip_by_global_norm`.
@@ -157,7 +163,9 @@ def clip_by_groupwise_norm(
     axis_name: AxisName = None,
     specs: PyTree = None,
 ) -> Transformation:
-    """Scales each group down so that its own L2 norm is at most `max_norm`.
+    r"""Scales each group down so that its own L2 norm is at most `max_norm`.
+
+    $$u'_g = u_g \min(1, c_g / \|u_g\|_2) \quad \text{for each group } g$$
 
     Args:
       max_norm: the limit for each group; see `clip_by_global_norm`. `limits.per_group` has one for each.
@@ -201,7 +209,9 @@ def clip_by_unitwise_norm(
     axis_name: AxisName = None,
     specs: PyTree = None,
 ) -> Transformation:
-    """Scales each output unit of each leaf down so that its own L2 norm is at most `max_norm`.
+    r"""Scales each output unit of each leaf down so that its own L2 norm is at most `max_norm`.
+
+    $$u'_g = u_g \min(1, c / \|u_g\|_2) \quad \text{for each output unit } g$$
 
     Args:
       max_norm: the limit for each unit; see `clip_by_global_norm`.
@@ -245,7 +255,10 @@ def clip_by_block_rms(
     axis_name: AxisName = None,
     specs: PyTree = None,
 ) -> Transformation:
-    """Scales each leaf down so that the root mean square of its entries is at most `threshold`.
+    r"""Scales each leaf down so that the root mean square of its entries is at most `threshold`.
+
+    $$u'_g = u_g \min(1, c / n_g), \qquad
+    n_g = \|u_g\|_2 / \sqrt{d_g} \quad \text{for each leaf } g \text{ of } d_g \text{ entries}$$
 
     Args:
       threshold: the limit for each leaf; see `clip_by_global_norm`.
@@ -350,7 +363,9 @@ def normalize_by_global_norm(
     axis_name: AxisName = None,
     specs: PyTree = None,
 ) -> Transformation:
-    """Scales the whole update to the L2 norm `norm`, up or down: normalised gradient descent.
+    r"""Scales the whole update to the L2 norm `norm`, up or down: normalised gradient descent.
+
+    $$u' = c\,u / \|u\|_2$$
 
     An update of zeros stays zeros.
 
@@ -397,7 +412,9 @@ def normalize_by_layerwise_norm(
     axis_name: AxisName = None,
     specs: PyTree = None,
 ) -> Transformation:
-    """Scales each layer to the L2 norm `norm`, up or down: the block-normalised gradient.
+    r"""Scales each layer to the L2 norm `norm`, up or down: the block-normalised gradient.
+
+    $$u'_g = c\,u_g / \|u_g\|_2 \quad \text{for each layer } g$$
 
     A layer of zeros stays zeros.
 

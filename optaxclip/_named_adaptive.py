@@ -40,6 +40,8 @@ def autoclip(
 ) -> Transformation:
     r"""Clips to a percentile of the norms seen so far.
 
+    $$c_t = \text{the } q \text{-th percentile of } n_1, \dots, n_t$$
+
     With the default of 10 nine steps of ten are clipped: close to normalising. See `limits.percentile`.
 
     Args:
@@ -93,6 +95,8 @@ def quantile_clip(
     specs: PyTree = None,
 ) -> Transformation:
     r"""Clips to a rolling quantile of the norms before the current one.
+
+    $$c_t = \text{the } q \text{-th percentile of } n_{t-W}, \dots, n_{t-1}$$
 
     The first norm is not limited. See `limits.percentile`.
 
@@ -151,6 +155,9 @@ def zclip(
     specs: PyTree = None,
 ) -> Transformation:
     r"""Clips norms more than `z` standard deviations above their running mean, and all to `max_norm`.
+
+    $$c_t = \min\Big(c, f\,\Big(\mu + \frac{z^2}{\zeta_t} \sigma\Big)\Big)
+    \quad \text{if } \zeta_t = \frac{n_t - \mu}{\sigma + \epsilon} > z, \text{ else } c$$
 
     With ordinary norms above `max_norm` the latter alone acts, and z-scores only where it is None or large.
     See `limits.zscore`.
@@ -228,6 +235,8 @@ def adagc(
 ) -> Transformation:
     r"""Clips each leaf to `slack` times the running mean of its own norm after clipping.
 
+    $$c_t = s\,\mu_{t-1}, \qquad \mu_t = d\,\mu_{t-1} + (1 - d)\,n'_t$$
+
     In the warm-up the whole update is clipped to `max_norm`, and the least norm of each leaf is noted. A
     limit can then grow by 0.04 % a step, so doubling takes 1,700 steps. See `limits.ema`.
 
@@ -286,6 +295,8 @@ def clip_by_historical_norm(
 ) -> Transformation:
     r"""Clips to the mean of the last norms and `k` standard deviations. See `limits.mean_std`.
 
+    $$c_t = \bar n + k\,s$$
+
     Args:
       k: how many standard deviations.
       window: how many norms to remember.
@@ -337,6 +348,8 @@ def clip_by_adaptive_quantile(
     specs: PyTree = None,
 ) -> Transformation:
     r"""Clips to a limit that moves until a share `target` of the norms is within it. See `limits.quantile`.
+
+    $$c_{t+1} = c_t\,e^{-\eta\,(b_t - \gamma)}, \qquad b_t = 1 \text{ if } n_t \le c_t \text{ else } 0$$
 
     No noise is added, and no privacy comes of it.
 
@@ -393,6 +406,8 @@ def aggc(
     specs: PyTree = None,
 ) -> Transformation:
     r"""Keeps the norm of each kind of module between two multiples of its running mean.
+
+    $$n'_t = \min(\max(n_t, l\,\mu_{t-1}), h\,\mu_{t-1}), \qquad \mu_t = d\,\mu_{t-1} + (1 - d)\,n'_t$$
 
     A group is made of all layers whose last key is the same (`q_proj`, `lm_head`). Norms above `high` times
     the mean are scaled down, those below `low` times the mean up; the mean follows what comes out. Both ends
@@ -453,6 +468,8 @@ def adanorm(
 ) -> Transformation:
     r"""Scales each leaf up to the running mean of its norm where it is below.
 
+    $$n'_t = \max(n_t, \mu_t), \qquad \mu_t = d\,\mu_{t-1} + (1 - d)\,n_t$$
+
     Args:
       decay: the weight of the past in the mean per step.
       groups: which entries share a norm, one of `optaxclip.groups`.
@@ -502,6 +519,8 @@ def gradient_stabilizer(
     specs: PyTree = None,
 ) -> Transformation:
     r"""Keeps the direction of each leaf, and makes its norm the ratio of two running moments of it.
+
+    $$n'_t = \frac{\hat\mu_t}{\sqrt{\hat\nu_t} + \epsilon}$$
 
     The norm that comes out is about 1 or less, however large a spike is. See `limits.moment_ratio`.
 
@@ -555,6 +574,8 @@ def normalize_by_running_norm(
     specs: PyTree = None,
 ) -> Transformation:
     r"""Divides each leaf by the running root mean square of its norm. See `limits.running_rms`.
+
+    $$u'_t = \frac{u_t}{\sqrt{v_t} + \epsilon}, \qquad v_t = d\,v_{t-1} + (1 - d)\,n_t^2$$
 
     Args:
       decay: the weight of the past per step, 0.25 as in Optax's NovoGrad.

@@ -28,6 +28,8 @@ def automatic_clip(
 ) -> Transformation:
     r"""Scales to `max_norm` times n / (n + gamma): nearly normalises, and leaves small norms small.
 
+    $$u' = \frac{c\,u}{n + \gamma}$$
+
     Args:
       max_norm: what large norms come to.
       gamma: the norm that is scaled to half of `max_norm`.
@@ -78,6 +80,8 @@ def psac_clip(
 ) -> Transformation:
     r"""Scales by c / (n + r / (n + r)). See `responses.psac`.
 
+    $$u' = \frac{c\,u}{n + r / (n + r)}$$
+
     Args:
       max_norm: c, what large norms come to.
       r: the norm around which the factor is largest.
@@ -127,6 +131,8 @@ def delta_clip(
     specs: PyTree = None,
 ) -> Transformation:
     r"""Clips to `max_norm`, but by no factor less than `delta`, so that large gradients still count as such.
+
+    $$u' = u \min(1, \max(\delta, c / n))$$
 
     Args:
       max_norm: the limit.
@@ -179,6 +185,8 @@ def smooth_clip(
     specs: PyTree = None,
 ) -> Transformation:
     r"""Scales every norm smoothly to below `max_norm`. See `responses.soft`.
+
+    $$\text{rational: } n' = \frac{c\,n}{c + n}, \qquad \text{sqrt: } n' = \frac{c\,n}{\sqrt{c^2 + n^2}}$$
 
     Args:
       max_norm: what the norm never passes.

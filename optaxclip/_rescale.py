@@ -118,7 +118,10 @@ def rescale_by_norm(
     specs: PyTree = None,
     out_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Splits an update into groups, measures each, and multiplies it by what the response says.
+    r"""Splits an update into groups, measures each, and multiplies it by what the response says.
+
+    $$u'_g = f(n_g, c_g)\,u_g, \qquad
+    n_g = \|u_g\| \quad \text{for each group } g \text{ with limit } c_g \text{ and response } f$$
 
     Norms are accumulated in float32 (float64 if any leaf is), whatever the dtype of the leaves; the dtypes
     that come out are those that came in, unless `out_dtype` is given. Groups whose factor is 1 come out
@@ -185,7 +188,9 @@ def rescale_tree(
     specs: PyTree = None,
     out_dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[PyTree, Stats]:
-    """Rescales a tree once, without state: the core of `rescale_by_norm`, also under `vmap`.
+    r"""Rescales a tree once, without state: the core of `rescale_by_norm`, also under `vmap`.
+
+    $$u'_g = f(n_g, c_g)\,u_g, \qquad n_g = \|u_g\|$$
 
     Args:
       tree: the tree to rescale.
@@ -238,7 +243,9 @@ def group_norms(
     axis_name: AxisName = None,
     specs: PyTree = None,
 ) -> dict[str, jax.Array]:
-    """The norm of each group by its name, in natural order, also under `vmap`.
+    r"""The norm of each group by its name, in natural order, also under `vmap`.
+
+    $$n_g = \|u_g\|, \qquad \text{by default } \sqrt{\textstyle\sum_{i \in g} |u_i|^2}$$
 
     Args:
       tree: the tree to measure.

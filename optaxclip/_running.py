@@ -23,7 +23,7 @@ def zscore(
     r"""Limits norms that are more than `z` standard deviations above their running mean.
 
     $$\zeta_t = \frac{n_t - \mu}{\sigma + \epsilon}, \qquad c_t = \begin{cases}
-    f\,(\mu + z^2 \sigma / \zeta_t) & \text{reciprocal} \ \mu & \text{mean} \ \mu + z \sigma & \text{fixed}
+    f\,(\mu + z^2 \sigma / \zeta_t) & \text{reciprocal} \\ \mu & \text{mean} \\ \mu + z \sigma & \text{fixed}
     \end{cases} \quad \text{if } \zeta_t > z \text{, and no limit otherwise}$$
 
     and then, with x the limit where there is one and the norm elsewhere,

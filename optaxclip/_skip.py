@@ -76,6 +76,10 @@ def skip_updates(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Drops a step whose norm or loss is above its limit or not finite, as if it had never come.
 
+    $$u'_t, s_t = \begin{cases}
+    \text{inner}(u_t, s_{t-1}) & n_t \le c_t \\ 0, s_{t-1} & \text{else}
+    \end{cases}$$
+
     The update is zero and the state of the optimizer inside stays as it was, bit by bit. Norms are those of
     the updates that come in: with a clip inside, those before the clip. One NaN costs one step, since limits
     never learn from what is not finite. Spikes that are finite are learned from as the limit has it: raw by

@@ -210,6 +210,9 @@ def stable_adamw(
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW whose learning rate is smaller for each leaf whose gradients outgrow their second moment.
 
+    $$w' = w - \frac{\eta}{\max(1, r / d)} \left(\frac{m}{\sqrt v + \epsilon} + \lambda w\right), \qquad
+    r = \sqrt{\operatorname{mean} \frac{g^2}{\max(v, \epsilon^2)}}$$
+
     An optimizer, in place of clipping gradients in front of one: Adam would take the scale of a gradient out
     again. It is `scale_by_stable_adam` and then `optax.scale_by_learning_rate`; the ratio divides the weight
     decay too, as it does in the paper.

@@ -20,7 +20,9 @@ BINS = math.ceil(math.log(MOST / LEAST) / math.log(GROWTH))
 def percentile(q: float | jax.Array, window: int | None = None, *, include_current: bool = True) -> Limit:
     r"""A percentile of the norms a group had so far.
 
-    With linear interpolation between ranks, as `numpy.percentile` has it.
+    $$c_t = (1 - f)\,n_{(k)} + f\,n_{(k + 1)}, \qquad k + f = 1 + \tfrac{q}{100} (N - 1)$$
+
+    with the N norms in order, k whole and f below 1: interpolation as `numpy.percentile` has it.
 
     *Warm-up*: the first norm is its own limit; without `include_current` it has none. *History*: raw norms.
     *Non-finite and zero norms* are not learned from: the step after one meets the limit it would have met.

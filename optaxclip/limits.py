@@ -283,7 +283,9 @@ def at_most(a: LimitLike, b: LimitLike) -> Limit:
 
 
 def after(steps: int, first: LimitLike, then: LimitLike) -> Limit:
-    """One limit for the first `steps` updates and another from then on.
+    r"""One limit for the first `steps` updates and another from then on.
+
+    $$c_t = a_t \text{ for } t < s \text{, then } b_t$$
 
     Both see every norm from the start, so that an adaptive one behind is warm when its turn comes.
 

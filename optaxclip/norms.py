@@ -64,7 +64,9 @@ _RMS = Norm(_sum_of_squares, "sum", _root_of_mean, _square_times_size, 2)
 
 
 def l2() -> Norm:
-    """The Euclidean norm, the square root of the sum of squares.
+    r"""The Euclidean norm, the square root of the sum of squares.
+
+    $$n = \sqrt{\textstyle\sum_i |x_i|^2}$$
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> oc.group_norms({"w": jnp.array([3.0, 4.0])}, norm=oc.norms.l2())
@@ -74,7 +76,9 @@ def l2() -> Norm:
 
 
 def l1() -> Norm:
-    """The sum of the absolute values.
+    r"""The sum of the absolute values.
+
+    $$n = \textstyle\sum_i |x_i|$$
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> oc.group_norms({"w": jnp.array([3.0, -4.0])}, norm=oc.norms.l1())
@@ -84,7 +88,9 @@ def l1() -> Norm:
 
 
 def linf() -> Norm:
-    """The largest absolute value.
+    r"""The largest absolute value.
+
+    $$n = \max_i |x_i|$$
 
     Clipping by it keeps the direction, unlike clipping by value.
 
@@ -96,7 +102,9 @@ def linf() -> Norm:
 
 
 def rms() -> Norm:
-    """The root mean square: the L2 norm divided by the square root of the number of entries.
+    r"""The root mean square: the L2 norm divided by the square root of the number of entries.
+
+    $$n = \sqrt{\tfrac{1}{d} \textstyle\sum_{i=1}^{d} |x_i|^2}$$
 
     A limit on it does not depend on the size of a group (Shazeer and Stern,
     [Adafactor](https://arxiv.org/abs/1804.04235), 2018).

@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: what stands outside of `docs/` becomes pages, formulas become MathML, names become links.
+"""Hooks of MkDocs: what stands outside of `docs/` becomes pages, formulas become MathML, names links.
 
 Links are written so that they work on GitHub and in an editor; here they are turned into those of the site.
 """
@@ -29,6 +29,8 @@ PLACES = {**PAGES, **EXAMPLES, "README.md": "index.md"}
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)#\s]+)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
 CODE = re.compile(r"<code>(?:oc\.|optaxclip\.)?([\w.]+)(\([^<]*\))?</code>")
+MODULE = re.compile(r">_(groups|norms|responses)<")  # as modules are called inside, in signatures
+PICTURE = re.compile(r'<img [^>]*src="([^"]+)"[^>]*>')
 LINKED = re.compile(r"<(a|autoref|h[1-6])\b.*?</\1>", re.S)
 
 
@@ -73,6 +75,8 @@ def on_page_content(content: str, **kwargs: Any) -> str:
     """Formulas for browsers as they are, without a script; public names as links to the reference."""
     del kwargs
     content = FORMULA.sub(_mathml, content)
+    content = PICTURE.sub(r'<a href="\1">\g<0></a>', content)  # to be looked at in full
+    content = MODULE.sub(r">\1<", content)
     parts, end = [], 0
     for linked in LINKED.finditer(content):
         parts += [CODE.sub(_reference, content[end : linked.start()]), linked[0]]
