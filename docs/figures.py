@@ -7,6 +7,7 @@ benchmarks make their own: `python -m benchmarks.advice`, `python -m benchmarks.
 import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,6 @@ import numpy as np
 import optax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 
 import optaxclip as oc
 
@@ -45,19 +45,6 @@ def write(page: str, name: str, text: str) -> None:
     path.write_text(f"{before}{marks[0]}\n\n{text}\n\n{marks[1]}{after}", encoding="utf-8")
 
 
-def save(figure: Figure | Path, name: str) -> None:
-    """Writes a picture with few colours, which is small."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = figure
-        if isinstance(figure, Figure):
-            path = Path(folder) / name
-            figure.savefig(path)
-        with Image.open(path) as picture:
-            picture.convert("RGB").quantize(200, dither=Image.Dither.NONE).save(
-                DOCS / "images" / name, optimize=True
-            )
-
-
 def run(name: str) -> None:
     """Runs an example; what it prints goes into the gallery, and its figure into `images`."""
     bin = str(Path(sys.executable).parent)
@@ -66,7 +53,7 @@ def run(name: str) -> None:
         command = [sys.executable, str(EXAMPLES / f"{name}.py")]
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True)
         if name in DRAWING:
-            save(Path(folder) / "out" / f"{name}.png", f"{name}.png")
+            shutil.copy(Path(folder) / "out" / f"{name}.png", DOCS / "images")
     lines = [line.rstrip() for line in done.stdout.splitlines()]
     lines = [line for line in lines if not re.search(r"━.* \d+:\d+:\d+", line)]  # bars of progress
     write("gallery.md", name, "```text\n{}\n```".format("\n".join(lines).strip("\n")))
@@ -122,7 +109,7 @@ def spike() -> None:
         axes.set_xlim(-20, 60 if "SGD" in name else AFTER)
         axes.grid(color="0.92")
     drawn[0].legend()
-    save(made, "spike.png")
+    made.savefig(DOCS / "images" / "spike.png")
     head = f"| optimizer | clipping | the step of the spike | {' | '.join(f'{k} later' for k in LATER[1:])} |"
     rule = "| --- | --- |" + " ---: |" * len(LATER)
     write("global-or-layer.md", "spike", "\n".join([head, rule, *spike_rows(curves)]))
@@ -162,7 +149,7 @@ def batch_size() -> None:
     axes.set_title("Median, and 5 % to 95 %, of the norm of the gradient", loc="left", fontsize=10)
     axes.grid(color="0.92")
     axes.legend()
-    save(made, "batch_size.png")
+    made.savefig(DOCS / "images" / "batch_size.png")
     start, later = found.values()
     limit = np.percentile(later[1], 100 * (1 - SHARE))
     rows = ["| batch | median at the start | median after 50 steps | above the limit after 50 steps |"]

@@ -21,10 +21,15 @@ PAGES = {
     "benchmarks/README.md": "benchmarks.md",
 }
 SOURCES = {page: source for source, page in PAGES.items()}
-EXAMPLES = {
-    f"examples/{path.name}": f"examples/{path.stem}.md" for path in sorted((ROOT / "examples").glob("*.py"))
+CODE_FILES = [path for folder in ("examples", "benchmarks") for path in sorted((ROOT / folder).glob("*.*"))]
+SHOWN = {
+    str(path.relative_to(ROOT)): f"source/{path.relative_to(ROOT)}.md"
+    for path in CODE_FILES
+    if path.suffix in (".py", ".c")
 }
-PLACES = {**PAGES, **EXAMPLES, "README.md": "index.md"}
+PLACES = {**PAGES, **SHOWN, "README.md": "index.md"}
+
+HIDDEN = "---\nsearch: { exclude: true }\n---\n\n"
 
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)#\s]+)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
@@ -45,12 +50,12 @@ NAMES = _public()
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Adds the pages that stand outside, and one for the source of each example."""
+    """Adds the pages that stand outside, and the sources of scripts, which the search leaves out."""
     for source, page in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
-    for source, page in EXAMPLES.items():
+    for source, page in SHOWN.items():
         text = (ROOT / source).read_text(encoding="utf-8")
-        shown = f"# {source}\n\n```python\n{text}```\n"
+        shown = f"{HIDDEN}# {source}\n\n````{Path(source).suffix[1:]}\n{text}````\n"
         files.append(File.generated(config, page, content=shown, inclusion=InclusionLevel.NOT_IN_NAV))
     return files
 
