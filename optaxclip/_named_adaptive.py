@@ -409,6 +409,8 @@ def aggc(
 
     $$n'_t = \min(\max(n_t, l\,\mu_{t-1}), h\,\mu_{t-1}), \qquad \mu_t = d\,\mu_{t-1} + (1 - d)\,n'_t$$
 
+    where the factor from n to n' is not above `most_up` and not below `most_down`.
+
     A group is made of all layers whose last key is the same (`q_proj`, `lm_head`). Norms above `high` times
     the mean are scaled down, those below `low` times the mean up; the mean follows what comes out. Both ends
     may be schedules: the authors move them linearly from one step to another, as
