@@ -55,7 +55,12 @@ def on_files(files: Any, config: Any) -> Any:
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     for source, page in SHOWN.items():
         text = (ROOT / source).read_text(encoding="utf-8")
-        shown = f"{HIDDEN}# {source}\n\n````{Path(source).suffix[1:]}\n{text}````\n"
+        back = (
+            "[Gallery](../../gallery.md)"
+            if source.startswith("examples")
+            else "[Benchmarks](../../benchmarks.md)"
+        )
+        shown = f"{HIDDEN}# {source}\n\n{back}\n\n````{Path(source).suffix[1:]}\n{text}````\n"
         files.append(File.generated(config, page, content=shown, inclusion=InclusionLevel.NOT_IN_NAV))
     return files
 
