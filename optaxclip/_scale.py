@@ -133,7 +133,15 @@ def _times(
     if leaf.dtype == jnp.bfloat16 and dtype in (None, jnp.bfloat16):
         return _bfloat16(product, leaf, then != 1)
     product, leaf = (x.astype(leaf.dtype) if dtype is None else widen(x, dtype) for x in (product, leaf))
-    return jnp.where(then != 1, product, leaf)
+    return _picked(then != 1, product, leaf)
+
+
+def _picked(changed: jax.Array, product: jax.Array, leaf: jax.Array) -> jax.Array:
+    """The product where it is changed. Where nothing is, a single choice lets XLA leave out the writing."""
+    picked = jnp.where(changed, product, leaf)
+    if changed.size == 1 or _mesh.has_mesh(leaf):
+        return picked
+    return jnp.where(jnp.any(changed), picked, leaf)
 
 
 @jax.custom_jvp
@@ -149,7 +157,7 @@ def _bfloat16(product: jax.Array, leaf: jax.Array, changed: jax.Array) -> jax.Ar
         half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))  # to the nearest, ties to even
         rounded = jnp.where(jnp.isnan(product), np.uint32(0x7FC00000), bits + half) >> np.uint32(16)
         kept = lax.bitcast_convert_type(leaf, jnp.uint16)
-        return lax.bitcast_convert_type(jnp.where(changed, rounded.astype(jnp.uint16), kept), jnp.bfloat16)
+        return lax.bitcast_convert_type(_picked(changed, rounded.astype(jnp.uint16), kept), jnp.bfloat16)
 
     def converted(product, leaf, changed):
         return jnp.where(changed, product.astype(jnp.bfloat16), leaf)
