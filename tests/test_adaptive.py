@@ -142,6 +142,30 @@ def _limit(limit, state, norm):
     return state, state.limit
 
 
+@pytest.mark.parametrize("size", [3e-15, 2e13])
+def test_the_percentile_of_a_whole_run_is_never_outside_what_was_seen(size):
+    """Norms beyond the histogram, which ends at 1e-12 and 1e12, fall into its outermost bins."""
+    _, state = run(oc.rescale_by_norm(oc.limits.percentile(50.0)), np.float32([size] * 3))
+    np.testing.assert_allclose(state.limit, size, rtol=1e-6)
+
+
+@pytest.mark.parametrize("window", [4, None])
+def test_a_percentile_without_the_current_norm_holds_from_the_second_on(window):
+    """The first norm has no limit, and is the limit of the second."""
+    limit = oc.limits.percentile(50.0, window, include_current=False)
+    np.testing.assert_allclose(run(oc.rescale_by_norm(limit), [2.0, 9.0])[0], [2, 2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [2.0**-16, 2.0**16])
+def test_the_limits_of_zscore_scale_with_the_norms(scale):
+    """What is a spike, and what it is clipped to, does not depend on the unit that norms are measured in."""
+    norms = np.exp(0.3 * np.random.default_rng(3).normal(size=40)) + np.eye(40)[30] * 20
+    tx = oc.rescale_by_norm(oc.limits.zscore(eps=0.0, warmup=8))
+    out, _ = run(tx, norms)
+    assert out[30] < norms[30] / 2
+    np.testing.assert_allclose(run(tx, scale * norms)[0], scale * out, rtol=1e-5)
+
+
 def test_adagc_follows_its_equations_for_several_leaves():
     """The warm-up clips the whole update; then each leaf has a mean of its own."""
     steps = np.stack([golden.norms(1, 0.5), golden.norms(2, 0.05)], axis=1)
@@ -211,6 +235,14 @@ def test_zclip_is_unlimited_while_no_deviation_is_known():
     np.testing.assert_allclose(out[40], 0.4, rtol=1e-6)
 
 
+def test_a_response_that_drops_groups_does_not_freeze_a_limit_at_zero():
+    """A mean of 0, which nothing could exceed by a ratio, is no mean: the next norm starts it again."""
+    limit = oc.limits.ema(2.0, decay=0.0)
+    out, state = run(oc.rescale_by_norm(limit, response=oc.responses.zero()), [1.0, 9.0, 3.0, 5.0])
+    np.testing.assert_allclose(out, [1, 0, 3, 5], rtol=1e-6)
+    np.testing.assert_allclose(state.limit, 6, rtol=1e-6)
+
+
 def test_a_zero_in_the_warm_up_of_adagc_freezes_nothing():
     norms = np.ones(40, np.float32)
     norms[3] = 0
@@ -239,9 +271,13 @@ ERRORS = [
     (lambda: oc.limits.percentile(101.0), "limits.percentile: q is 101.0, among the numbers from 0 to 100."),
     (lambda: oc.limits.percentile(50.0, window=0), "limits.percentile: window is 0, below 1."),
     (lambda: oc.limits.mean_std(warmup=200), "limits.mean_std: warmup is 200, above the window of 128."),
+    (lambda: oc.limits.mean_std(warmup=1), "limits.mean_std: warmup is 1, below 2."),
     (lambda: oc.limits.mean_std(-1.0), "limits.mean_std: k is -1.0"),
     (lambda: oc.limits.ema(0.0), "limits.ema: slack is 0.0, among the numbers above 0."),
     (lambda: oc.limits.ema(1.0, decay=1.5), "limits.ema: decay is 1.5, among the numbers from 0 to 1."),
+    (lambda: oc.limits.ema(1.0, warmup=-1), "limits.ema: warmup is -1, below 0."),
+    (lambda: oc.limits.ema(1.0, max_norm=0.0), "limits.ema: max_norm is 0.0, among the numbers above 0."),
+    (lambda: oc.limits.ema(1.0, eps=-1.0), "limits.ema: eps is -1.0, among the numbers from 0 to inf."),
     (lambda: oc.limits.ema_band(2.0, 1.0), "limits.ema_band: low is 2.0, above high, 1.0. Pass the lower"),
     (lambda: oc.limits.ema_band(-1.0, 1.0), "limits.ema_band: low is -1.0, among the numbers from 0 to inf."),
     (lambda: oc.limits.ema_band(0.0, 0.0), "limits.ema_band: high is 0.0, among the numbers above 0."),
@@ -251,6 +287,11 @@ ERRORS = [
     (lambda: oc.limits.running_mean(float("nan")), "limits.running_mean: decay is nan"),
     (lambda: oc.limits.running_rms(eps=-1.0), "limits.running_rms: eps is -1.0"),
     (lambda: oc.limits.moment_ratio(second=-0.1), "limits.moment_ratio: second is -0.1"),
+    (
+        lambda: oc.limits.moment_ratio(first=1.5),
+        "limits.moment_ratio: first is 1.5, among the numbers from 0",
+    ),
+    (lambda: oc.limits.moment_ratio(eps=-1.0), "limits.moment_ratio: eps is -1.0"),
     (lambda: oc.responses.clip(2.0), "responses.clip: floor is 2.0, among the numbers from 0 to 1."),
     (lambda: oc.responses.band(0.5, most_up=0.5), "responses.band: most_up is 0.5, among the numbers from 1"),
     (lambda: oc.responses.psac(0.0), "responses.psac: r is 0.0, among the numbers above 0."),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from versions import enable_x64
 
 import optaxclip as oc
 
@@ -73,6 +74,14 @@ def test_budgets_are_divided_as_published():
     np.testing.assert_allclose(limits(oc.limits.budget(lambda step: 2.0, by="size")), by_size, rtol=1e-6)
 
 
+@pytest.mark.parametrize("by", ["uniform", "size"])
+@pytest.mark.parametrize("kind", ["l1", "l2", "linf", "rms"])
+def test_one_group_has_the_whole_budget(kind, by):
+    """There is nothing to divide, whatever the norm."""
+    limit = oc.limits.budget(1.5, by)
+    assert limits(limit, oc.groups.whole(), getattr(oc.norms, kind)()) == [[1.5]]
+
+
 def test_relative_limits_follow_the_parameters_and_their_floor():
     params = {"a": jnp.array([0.0, 10.0]), "b": jnp.zeros(8)}
     np.testing.assert_allclose(limits(oc.limits.relative(0.1), params=params), [[1, 1e-4]], rtol=1e-6)
@@ -98,6 +107,39 @@ def test_relative_limits_find_parameters_by_path():
 def test_at_most_and_after_combine_limits():
     limit = oc.limits.at_most(oc.limits.after(2, jnp.inf, 1.0), optax.linear_schedule(5.0, 1.0, 4))
     assert limits(limit, steps=4) == [[5, 5], [4, 4], [1, 1], [1, 1]]
+
+
+SINGLE = jnp.float32(2.0)
+WIDE = {
+    "per_group": (oc.limits.per_group({"a": SINGLE, "b": oc.limits.relative(SINGLE)}), [2, 20]),
+    "budget": (oc.limits.budget(SINGLE), [2**0.5, 2**0.5]),
+    "relative": (oc.limits.relative(SINGLE, floor=SINGLE), [10, 20]),
+    "at_most": (oc.limits.at_most(SINGLE, oc.limits.ema(SINGLE)), [2, 2]),
+    "after": (oc.limits.after(1, SINGLE, oc.limits.zscore()), [2, 2]),
+    # 5 and 10, each over the whole norm, and twice that allowed.
+    "ema, warm-up": (oc.limits.ema(SINGLE, warmup=1, max_norm=SINGLE), [2 / 5**0.5, 4 / 5**0.5]),
+}
+
+
+@pytest.mark.parametrize("limit", WIDE)
+def test_limits_of_float32_hold_for_float64_updates(limit):
+    """No number is mixed with one of another dtype unless the code says so."""
+    rule, expected = WIDE[limit]
+    with enable_x64(True):
+        grads = jax.tree.map(lambda x: np.asarray(x, np.float64), GRADS)
+        found = limits(rule, params=grads, grads=grads)
+    np.testing.assert_allclose(found, [expected], rtol=1e-6)
+
+
+def test_combined_limits_ask_for_parameters_if_either_does():
+    """On whichever side, and in `per_group`, the limit that needs them is given them."""
+    params = {"a": jnp.array([0.0, 10.0]), "b": jnp.full(8, 0.0)}
+    relative = oc.limits.relative(0.1, floor=1.0)
+    for limit in (oc.limits.at_most(relative, 0.5), oc.limits.at_most(0.5, relative)):
+        np.testing.assert_allclose(limits(limit, params=params), [[0.5, 0.1]], rtol=1e-6)
+    np.testing.assert_allclose(
+        limits(oc.limits.per_group({"a": 2.0, "b": relative}), params=params), [[2, 0.1]], rtol=1e-6
+    )
 
 
 def test_a_limit_may_be_traced():

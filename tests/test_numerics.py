@@ -120,11 +120,21 @@ def test_float64_is_clipped_to_the_rounding_of_float64():
         np.testing.assert_allclose(np.linalg.norm(alone), 0.1, rtol=1e-14)
 
 
+@pytest.mark.parametrize(("entry", "reported"), [(1e200, np.finfo(np.float32).max), (np.inf, np.inf)])
+def test_a_float64_norm_beyond_float32_is_told_from_an_infinite_one(entry, reported):
+    """Statistics are float32: what is finite is at most the largest number, and infinity stays infinite."""
+    with enable_x64(True):
+        _, stats = oc.rescale_tree({"a": np.array([entry, 1.0])}, 1.0)
+    assert stats.norm.dtype == np.float32
+    assert stats.norm.tolist() == [reported]
+
+
 @pytest.mark.parametrize("limit_dtype", ["float16", "bfloat16", "float32", "float64"])
-def test_the_dtype_out_is_the_dtype_in_whatever_that_of_the_limit(limit_dtype):
+def test_the_dtype_out_is_the_dtype_in_whatever_that_of_the_limit_and_of_eps(limit_dtype):
     with enable_x64(True):
         grads = {name: random(name, (3,))[0] for name in DTYPES if name != "float64"}
-        out, _ = jax.jit(oc.rescale_tree)(grads, jnp.asarray(0.5, limit_dtype))
+        limit, eps = jnp.asarray(0.5, limit_dtype), jnp.asarray(1e-3, limit_dtype)
+        out, _ = jax.jit(lambda grads, limit, eps: oc.rescale_tree(grads, limit, eps=eps))(grads, limit, eps)
         chex.assert_trees_all_equal_dtypes(out, grads)
 
 
