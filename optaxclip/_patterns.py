@@ -33,8 +33,9 @@ def compiled(where: str, what: str, pattern: str | re.Pattern) -> re.Pattern:
         raise ValueError(f"{where}: {what} does not compile: {error}. Mend it.") from error
     if loops:
         raise ValueError(
-            f"{where}: {what} repeats what can match the same text in several ways, which may take exponential "
-            "time. Let what is repeated end in a character that it has nowhere else, as in '(?:[^/]+/)*'."
+            f"{where}: {what} repeats what can match the same text in several ways, which may take "
+            "exponential time. Let what is repeated end in a character that it has nowhere else, as in "
+            "'(?:[^/]+/)*'."
         )
     return made
 

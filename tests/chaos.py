@@ -1,7 +1,8 @@
 """A small model trained through every disaster at once, for each named method; every step is checked.
 
-`python tests/chaos.py` is the long form: 100,000 updates for each method and policy, restored from checkpoints
-at random steps, and processes that are killed while they write one. `tests/test_chaos.py` is the short form.
+`python tests/chaos.py` is the long form: 100,000 updates for each method and policy, restored from
+checkpoints at random steps, and processes that are killed while they write one. `tests/test_chaos.py` is the
+short form.
 """
 
 import argparse
@@ -344,7 +345,7 @@ def _untouched(seen: Seen) -> dict[str, jax.Array]:
 
 
 def _skipped(seen: Seen) -> dict[str, jax.Array]:
-    """A step with a norm that is above the limit or not finite is zero, and leaves the optimizer as it was."""
+    """A step above the limit or not finite is zero, and leaves the optimizer as it was."""
     norm = seen.norms(seen.before)[0]
     surely = ~jnp.all(seen.known) | jnp.isnan(seen.limit) | (norm > seen.limit * (1 + 1e-5))
     never = jnp.all(seen.known) & (norm * (1 + 1e-5) <= seen.limit)
@@ -424,9 +425,7 @@ def _soft(name: str, rows: str, bound: Callable[[Seen], Any] = fixed, **options:
 def _matrix(name: str, exact: bool, slack: float, **options: Any) -> Method:
     made = functools.partial(getattr(oc, name), **options)
     norm = "largest singular value"
-    return Method(
-        lambda c, p: made(c, nonfinite=p), "leaf", fixed, exact, fixed=True, norm=norm, slack=slack
-    )
+    return Method(lambda c, p: made(c, nonfinite=p), "leaf", fixed, exact, fixed=True, norm=norm, slack=slack)
 
 
 ONE = ("propagate",)
@@ -462,9 +461,7 @@ METHODS = {
         check=_carried,
         memory=lambda state: state.inner.rule,
     ),
-    "centralize": Method(
-        lambda c, p: oc.centralize(), "mean", policies=ONE, check=_by_mean, memory=_nothing
-    ),
+    "centralize": Method(lambda c, p: oc.centralize(), "mean", policies=ONE, check=_by_mean, memory=_nothing),
     "clip_by_adaptive_quantile": _adaptive("clip_by_adaptive_quantile", "leaf"),
     "clip_by_block_rms": _clip("clip_by_block_rms", "leaf")._replace(norm="rms"),
     "clip_by_global_norm": _clip("clip_by_global_norm", "whole"),
@@ -654,7 +651,9 @@ class Carry(NamedTuple):
 
 def start(name: str, policy: str) -> Carry:
     zero, many = jnp.zeros((), jnp.int32), jnp.zeros(len(CHECKS), jnp.int32)
-    return Carry(PARAMS, METHODS[name].make(1.0, policy).init(PARAMS), Tally(zero, many, many - 1, zero, zero))
+    return Carry(
+        PARAMS, METHODS[name].make(1.0, policy).init(PARAMS), Tally(zero, many, many - 1, zero, zero)
+    )
 
 
 def step(method: Method, policy: str, dtype: str, carry: Carry, event: Events) -> Carry:
@@ -805,7 +804,9 @@ class Result(NamedTuple):
     def __str__(self) -> str:
         counts = f"{self.steps:>9,} {self.bad:>8,} {self.changed:>8,} {self.restored:>4}"
         head = f"{self.method:28} {self.policy:9} {counts} {self.seconds:6.1f} s"
-        return head + "".join(f"\n    broken {n:,} times, first at {at:,}: {what}" for what, (n, at) in self.broken.items())
+        return head + "".join(
+            f"\n    broken {n:,} times, first at {at:,}: {what}" for what, (n, at) in self.broken.items()
+        )
 
 
 def trial(

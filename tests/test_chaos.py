@@ -1,4 +1,4 @@
-"""The short form of `chaos.py`: every named method, through every disaster, and what a killed process leaves."""
+"""The short form of `chaos.py`: every named method through every disaster, and a killed process."""
 
 import inspect
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_no_named_method_is_left_out():
 @pytest.mark.usefixtures("quickly_compiled")
 @pytest.mark.parametrize(("name", "policy"), SHORT)
 def test_no_disaster_gets_past(tmp_path, name, policy):
-    """Updates keep to the policy and the limit, what is remembered recovers, and restored runs are the same."""
+    """Updates keep to policy and limit, what is remembered recovers, and restored runs are the same."""
     found = chaos.trial(name, policy, STEPS, 1, tmp_path, size=SIZE, dtypes=1)
     assert not found.broken, str(found)
     assert found.steps == STEPS
@@ -63,7 +63,8 @@ def test_limits_may_change_their_dtype_in_the_middle_of_a_run(tmp_path):
 def learns_everything():
     """A limit of 3 that learns from norms that are not finite."""
     return oc.Limit(
-        lambda table: jnp.zeros(len(table.names)), lambda norm, state, ctx: (jnp.full_like(norm, 3), state + norm)
+        lambda table: jnp.zeros(len(table.names)),
+        lambda norm, state, ctx: (jnp.full_like(norm, 3), state + norm),
     )
 
 
@@ -80,5 +81,5 @@ def test_the_run_finds_what_is_wrong(tmp_path, monkeypatch):
 
 
 def test_a_process_that_is_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path):
-    """Orbax's newest checkpoint and the recording are whole, and the run that goes on from them is the same."""
+    """Orbax's newest checkpoint and the recording are whole, and the run goes on from there the same."""
     assert chaos.killed("adagc", tmp_path, 0) == ""
