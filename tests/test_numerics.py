@@ -200,6 +200,9 @@ def test_a_norm_beyond_float32_that_is_let_pass_is_reported_as_the_largest_too()
     out, stats = oc.rescale_tree(jnp.full(4, 3e38), np.inf)
     np.testing.assert_array_equal(out, np.full(4, np.float32(3e38)))
     assert stats.norm_after.tolist() == stats.norm.tolist() == [np.finfo(np.float32).max]
+    tx = oc.clip_singular_values(np.inf)
+    _, state = tx.update(jnp.full((2, 2), 3e38), tx.init(jnp.zeros((2, 2))))
+    assert state.norm_after.tolist() == state.norm.tolist() == [np.finfo(np.float32).max]
 
 
 @pytest.mark.parametrize(
