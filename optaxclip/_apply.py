@@ -105,7 +105,8 @@ def decide(rule: Limit, rule_state: PyTree, found: Measured, context: Context, o
     usable = finite & ~jnp.isnan(limit)
     bad = jnp.nan if options.nonfinite == "propagate" else 0.0
     then = jnp.where(usable, made.then, bad)
-    after = jnp.where(usable, _norm_after(found, made, context.table, options.norm), bad)
+    after = _norm_after(found, made, context.table, options.norm)
+    after = jnp.where(usable, jnp.minimum(after, float(jnp.finfo(norm.dtype).max)), bad)
     factor = jnp.where(usable, made.factor, bad)
     stats = Stats(norm, after, limit, factor, usable & (factor != 1), ~finite)
     return Decided(stats, made.first, then, rule_state)

@@ -108,20 +108,22 @@ def carry_clipped(
         if not part.table.names:
             out, inner = clip.update(updates, state.inner, params, **extra_args)
             return out, state._replace(step=step, inner=inner)
-        finite = jnp.isfinite(_norm(part, part.leaves, options))
         fed, rest, wanted = list(part.leaves), list(buffer), {}
         for k, place in enumerate(part.places):
             if place is not None:
-                # Without the buffer on a bad step: it is kept, and would be passed on twice.
-                carried = jnp.where(finite, buffer[k], jnp.zeros_like(buffer[k]))
-                wanted[k] = fed[k].astype(carried.dtype) + carried
-                fed[k] = _narrow(wanted[k], fed[k].dtype)
+                wanted[k] = fed[k].astype(buffer[k].dtype) + buffer[k]
+        sums = [wanted.get(k, leaf) for k, leaf in enumerate(part.leaves)]
+        finite = jnp.isfinite(_norm(part, sums, options))
+        for k, both in wanted.items():
+            # Without the buffer on a bad step: it is kept, and would be passed on twice.
+            wanted[k] = jnp.where(finite, both, fed[k].astype(both.dtype))
+            fed[k] = _narrow(wanted[k], fed[k].dtype)
         out, inner = clip.update(jax.tree.unflatten(part.treedef, fed), state.inner, params, **extra_args)
         leaves = jax.tree.leaves(out)
         for k, total in wanted.items():
             rest[k] = total - leaves[k].astype(total.dtype)
         rest, norm, lost = _bounded(part, rest, bound, options)
-        good = jnp.isfinite(norm)
+        good = finite & jnp.isfinite(norm)
         new = [jnp.where(good, new, old) for new, old in zip(rest, buffer, strict=True)]
         return out, CarryState(
             step=step,

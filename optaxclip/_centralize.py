@@ -143,4 +143,5 @@ class _Unit(NamedTuple):
 
     def without(self, total: jax.Array) -> jax.Array:
         """The array less the mean that the total over all devices gives."""
+        total = jnp.where(jnp.isfinite(total), total, jnp.nan)  # less infinity, a number is no NaN
         return self.leaf - times(total, number(1 / (self.least * self.entries), real_dtype(self.leaf)))

@@ -367,5 +367,6 @@ def _changed(
         new = jnp.where(keep, old, new.astype(old.dtype))
         new = jnp.where(good, new, jnp.asarray(bad, old.dtype))
         leaves[k] = _singular.unview(new, views[k], part.leaves[k].shape)
-    after, factor = (jnp.where(usable, x, bad) for x in (made.after, made.factor))
+    after = jnp.minimum(made.after, float(jnp.finfo(norm.dtype).max))
+    after, factor = (jnp.where(usable, x, bad) for x in (after, made.factor))
     return leaves, Stats(norm, after, limit, factor, usable & (factor != 1), ~jnp.isfinite(norm))

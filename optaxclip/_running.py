@@ -9,6 +9,8 @@ from optaxclip import _checks
 from optaxclip._base import Context, Limit, PyTree
 from optaxclip._learning import between, full, learning
 
+LARGEST = 1e18  # the largest norm that `zscore` learns: the square of its distance is within float32's range
+
 
 def zscore(
     z: float | jax.Array = 2.5,
@@ -33,7 +35,7 @@ def zscore(
     *Warm-up*: no limit for the first `warmup` norms, whose mean and variance start the running ones.
     *History*: limits in place of spikes, or nothing with `learn_from_spikes=False`; a lasting rise is then
     followed slowly or never. *Non-finite and zero norms* are not learned from. While σ is below 1e-6 of the
-    mean no spike can be told: there is no limit, and the norm is learned.
+    mean no spike can be told: there is no limit, and the norm is learned, as 1e18 if it is larger.
 
     Args:
       z: how many standard deviations.
@@ -87,7 +89,7 @@ def zscore(
     def learn(norm: jax.Array, before: PyTree, ctx: Context) -> PyTree:
         mean, variance, count = before
         held = limit(norm, before, None, ctx)
-        x = jnp.where(held < jnp.inf, held, norm)
+        x = jnp.minimum(jnp.where(held < jnp.inf, held, norm), LARGEST)
         # In the warm-up all norms weigh the same.
         past = jnp.where(count < warmup, count.astype(jnp.float32) / (count + 1).astype(jnp.float32), decay)
         new_mean = between(x, mean, past)

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from optaxclip import _checks, _layouts, _paths
+from optaxclip import _checks, _layouts, _paths, _patterns
 from optaxclip._base import Groups, Leaf, Member
 
 __all__ = [
@@ -153,10 +153,8 @@ def depth(k: int, *, names: Sequence[str] | None = None) -> Groups:
 def _compiled(where: str, pattern: Any) -> re.Pattern:
     if not isinstance(pattern, str | re.Pattern):
         raise TypeError(f"{where}: the pattern {pattern!r} is of type {type(pattern).__name__}. Pass a str.")
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{where}: the pattern {pattern!r} does not compile: {error}. Mend it.") from error
+    text = pattern if isinstance(pattern, str) else pattern.pattern
+    return _patterns.compiled(where, f"the pattern {text!r}", pattern)
 
 
 def _named(where: str, name: Any) -> Member:
@@ -195,8 +193,8 @@ def regex(
 
     Raises:
       TypeError: if a name or a pattern is of the wrong type.
-      ValueError: if a pattern does not compile or a name refers to a group it lacks; in `init`, if no rule
-        matches a leaf.
+      ValueError: if a pattern does not compile, might take exponential time, as `(a+)+$` does, or a name
+        refers to a group it lacks; in `init`, if no rule matches a leaf.
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> params = {"embed": jnp.ones(4), "block_0": jnp.ones(9), "block_1": jnp.ones(16)}

@@ -339,3 +339,14 @@ def test_numbers_may_be_injected_where_parameters_are_complex(method):
     grads = {"w": jnp.array([3 + 4j, 1j], jnp.complex64)}
     out, _ = tx.update(grads, tx.init(grads))
     assert np.isfinite(out["w"]).all()
+
+
+@pytest.mark.parametrize("at", [3, 40], ids=["in the warm-up", "after it, all norms having been equal"])
+@pytest.mark.parametrize("spike", [1e20, 3e38])
+def test_zscores_survive_a_norm_whose_square_overflows(at, spike):
+    """The variance stays a number, and spikes are told again once the mean has come down."""
+    norms = 1 + 0.1 * np.cos(np.arange(3000.0)) * (at < 20)
+    norms[at], norms[-1] = spike, 1e6
+    out, state = run(oc.zclip(max_norm=None, decay=0.9), norms)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.rule))
+    assert out[-1] < 10 if at < 20 else np.isfinite(out[-1])

@@ -151,6 +151,13 @@ def test_an_output_that_is_not_finite_leaves_the_buffer_too():
     assert np.isnan(flat(updates)[1, 6])
 
 
+def test_a_sum_beyond_the_range_of_float32_leaves_the_buffer_too():
+    """The clip gets the update alone, which is finite: no NaN comes of two finite numbers."""
+    _, (updates, states) = scan(oc.carry_clipped(oc.clip_by_global_norm(1.0)), np.float32([[3e38] * 7] * 3))
+    np.testing.assert_allclose(flat(updates), np.full((3, 7), 7**-0.5), rtol=1e-6)
+    np.testing.assert_array_equal(flat(states.buffer), np.full((3, 7), np.float32(3e38)))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_16_bit_leaves_keep_their_dtype_and_carry_their_roundings(dtype):
     """The buffer is float32, and what does not fit into the leaf's dtype waits in it."""

@@ -279,6 +279,15 @@ def test_centralize_subtracts_the_mean_of_each_unit():
     chex.assert_trees_all_equal(out["bias"], grads["bias"])
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_centralize_makes_a_unit_with_what_is_not_finite_nan(bad):
+    """All of it: a number less an infinity would be an infinity, and would look like a large gradient."""
+    grads = {"w": jnp.array([[bad, 1.0], [2.0, 3.0], [4.0, 8.0]])}
+    out, _ = oc.centralize().update(grads, optax.EmptyState())
+    assert np.isnan(out["w"][:, 0]).all()
+    np.testing.assert_array_equal(out["w"][:, 1], [-3, -1, 4])
+
+
 @pytest.mark.parametrize("name", ["dense", "conv", "conv3d", "any", "bias"])
 def test_centralize_equals_optax_on_transposed_kernels(name):
     """Optax has outputs first."""

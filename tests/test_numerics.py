@@ -205,6 +205,16 @@ def test_a_norm_beyond_float32_is_reported_as_the_largest_and_clipped_rightly(re
         np.testing.assert_allclose(stats.norm_after, [after * limit], rtol=1e-6)
 
 
+def test_a_norm_beyond_float32_that_is_let_pass_is_reported_as_the_largest_too():
+    """What comes out is finite entry by entry, and so is what is said of it."""
+    out, stats = oc.rescale_tree(jnp.full(4, 3e38), np.inf)
+    np.testing.assert_array_equal(out, np.full(4, np.float32(3e38)))
+    assert stats.norm_after.tolist() == stats.norm.tolist() == [np.finfo(np.float32).max]
+    tx = oc.clip_singular_values(np.inf)
+    _, state = tx.update(jnp.full((2, 2), 3e38), tx.init(jnp.zeros((2, 2))))
+    assert state.norm_after.tolist() == state.norm.tolist() == [np.finfo(np.float32).max]
+
+
 @pytest.mark.parametrize(
     ("response", "limit", "factor"),
     [

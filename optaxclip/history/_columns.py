@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip import _checks
+from optaxclip import _checks, _patterns
 from optaxclip.history._rows import norm_called
 from optaxclip.history._store import LAST_STEP
 
@@ -195,10 +195,7 @@ def _check_order(cells: Cells, matches: dict[str, re.Match[str]], norm: str) -> 
 
 
 def _matching(cells: Cells, pattern: str | re.Pattern[str]) -> dict[str, str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{cells.where}: columns={pattern!r} does not compile: {error}. Mend it.") from error
+    compiled = _patterns.compiled(cells.where, f"columns={pattern!r}", pattern)
     if compiled.groups != 1:
         raise ValueError(
             f"{cells.where}: columns={compiled.pattern!r} has {compiled.groups} groups. Put parentheses "
