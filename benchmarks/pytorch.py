@@ -12,7 +12,7 @@ def unavailable() -> str | None:
     """Why PyTorch is left out; None if it is not."""
     if importlib.util.find_spec("torch") is None:
         return "not installed"
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     backend = jax.default_backend()
     if backend == "cpu" or (backend == "gpu" and torch.cuda.is_available()):
@@ -33,7 +33,7 @@ class Clip:
     """
 
     def __init__(self, tree: Any, threads: int, each: bool):
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
 
         torch.set_num_threads(threads)
         self.leaves = [jax.block_until_ready(leaf) for leaf in jax.tree.leaves(tree)]
@@ -45,7 +45,7 @@ class Clip:
 
     def __call__(self, limit: float) -> None:
         """Scales all entries so that their norm, or each leaf's, is at most `limit`; waits for the device."""
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
 
         for group in self.groups:
             torch.nn.utils.clip_grad_norm_(group, limit, foreach=self.foreach)
@@ -62,7 +62,7 @@ class Clip:
 
 def _parameter(grad: Any) -> Any:
     """Something that has the gradient; its own entries are never read."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     param = torch.nn.Parameter(grad)
     param.grad = grad
