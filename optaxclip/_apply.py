@@ -163,10 +163,9 @@ def _scaled(
     chosen = {k: place for k, place in enumerate(part.places) if place is not None and place.scaled}
     old, places = [jnp.asarray(part.leaves[k]) for k in chosen], tuple(chosen.values())
     drop, dtype = options.nonfinite == "zero", options.out_dtype
+    new = scale(old, first, then, norm[0], places=places, drop=drop, dtype=dtype)
     leaves = list(part.leaves)
-    for k, leaf in zip(
-        chosen, scale(old, first, then, norm[0], places=places, drop=drop, dtype=dtype), strict=True
-    ):
+    for k, leaf in zip(chosen, new, strict=True):
         leaves[k] = leaf
     return leaves
 

@@ -82,12 +82,7 @@ def centralize(
         if rank < 2:
             return ()
         axes = next((axes for pattern, axes in rules if pattern.search(leaf.path)), None)
-        if axes is None and rank not in _layouts.BY_RANK:
-            raise ValueError(
-                f"{where}: leaf {leaf.path!r} has rank {rank}, shape {leaf.shape}; the default knows ranks 0 "
-                "to 6. Pass axis={pattern: axes} for it."
-            )
-        axes = _layouts.BY_RANK[rank] if axes is None else axes
+        axes = _layouts.by_rank(where, leaf) if axes is None else axes
         for a in axes:
             if not -rank <= a < rank:
                 raise ValueError(

@@ -64,9 +64,15 @@ def reduced(where: str, leaf: Leaf, layout: str | None) -> set[int]:
     if layout is not None:
         rule = next(r for r in LAYOUTS[layout] if r.rank in (None, rank) and r.pattern.search(leaf.path))
         return set(range(rank)) - {axis % rank for axis in rule.outputs}
+    return set(by_rank(where, leaf))
+
+
+def by_rank(where: str, leaf: Leaf) -> tuple[int, ...]:
+    """The axes that the norm of an output unit runs over where only its rank is known, from 2 to 6."""
+    rank = len(leaf.shape)
     if rank not in BY_RANK:
         raise ValueError(
             f"{where}: leaf {leaf.path!r} has rank {rank}, shape {leaf.shape}; the default knows ranks 0 "
             "to 6. Pass axis={pattern: axes} for it."
         )
-    return set(BY_RANK[rank])
+    return BY_RANK[rank]

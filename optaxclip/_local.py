@@ -5,18 +5,16 @@ and only some hundreds of these sums are merged. Where mesh axes are explicit, a
 all leaves together first: one short vector is summed for each set of axes, and nothing is gathered.
 """
 
-import collections
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from optaxclip import _mesh
-from optaxclip._read import MERGED, SMALL, Block
+from optaxclip._read import Block, merged
 
 Of: TypeAlias = Callable[[Sequence[Block]], jax.Array]
 Along: TypeAlias = list[tuple[str, ...]]  # for each axis of an array, the mesh axes that split it
@@ -54,7 +52,7 @@ def by_device(
             placed = [_placed(of([part]), part, places.get(id(part))) for part in some]
             return jnp.concatenate(placed) if len(placed) > 1 else placed[0]
 
-        return run(_merged(parts), measured)
+        return run(merged(parts, _whole), measured)
 
     mesh = next(jax.typeof(block.array).sharding.mesh for block in blocks if _mesh.has_mesh(block.array))
     mapped = jax.shard_map(
@@ -73,7 +71,7 @@ def _along(x: jax.Array) -> Along:
         return [()] * x.ndim
     sharding = jax.typeof(x).sharding
     kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
-    parts = [part if isinstance(part, tuple) else (part,) for part in sharding.spec]
+    parts = _mesh.axes_by_dimension(sharding.spec)
     parts += [()] * (x.ndim - len(parts))
     return [tuple(name for name in part if kinds.get(name) == AxisType.Explicit) for part in parts]
 
@@ -103,20 +101,6 @@ def _placed(values: jax.Array, part: Block, along: Along | None) -> jax.Array:
     return lax.dynamic_update_slice(whole, values.reshape(part.kept), starts).reshape(-1)
 
 
-def _merged(parts: Sequence[Block]) -> list[Block]:
-    """The parts, small ones of equal size merged as `blocks_of` merges leaves."""
-    merged, small = [], collections.defaultdict(list)
-    for part in parts:
-        x = part.array
-        if part.kept or x.size > SMALL or AxisType.Auto in jax.typeof(x).sharding.mesh.axis_types:
-            merged.append(part)
-        else:
-            small[x.size, x.dtype, part.split, _mesh.varying_axes(x)].append(part)
-    for alike in small.values():
-        for start in range(0, len(alike), MERGED):
-            some = alike[start : start + MERGED]
-            # Behind the barrier, or parts of 16 bits would be widened one by one.
-            x = lax.optimization_barrier(jnp.stack([part.array.reshape(-1) for part in some]))
-            scale = jnp.stack([part.scale for part in some])
-            merged.append(Block(x, (1,), np.concatenate([part.rows for part in some]), some[0].split, scale))
-    return merged
+def _whole(part: Block) -> bool:
+    """Whether a device has all there is of a part: no axis is left for the compiler to split."""
+    return AxisType.Auto not in jax.typeof(part.array).sharding.mesh.axis_types

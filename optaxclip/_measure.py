@@ -113,9 +113,7 @@ def measure(
         else:
             split = [block.split for block in blocks]
             typed = functools.partial(_mesh.vary_like, arrays=arrays, split=split)
-            start = _nothing(parts, rows, norm, dtype)
-            if any(plain):
-                start = first(arrays)
+            start = first(arrays) if any(plain) else _nothing(parts, rows, norm, dtype)
             partial, scale = _by_trial(arrays, norm, jax.tree.map(typed, start), at)
         return _joined(partial, norm, lambda some: _close(some, scale, norm, count))
 

@@ -67,7 +67,13 @@ def tracked_axes(axes: Iterable[str]) -> frozenset[str]:
 def is_tracked(mesh: AbstractMesh) -> bool:
     """Whether JAX keeps track of what varies over the manual axes of a mesh, if it has some."""
     manual = [k for k, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Manual]
-    return all(varying_axes(jax.lax.axis_index(name)) for name in manual)
+    return tracked_axes(manual) == frozenset(manual)
+
+
+def axes_by_dimension(spec: PartitionSpec) -> list[tuple[str, ...]]:
+    """The mesh axes that a specification names for each dimension."""
+    parts = (part if isinstance(part, tuple) else (part,) for part in spec)
+    return [tuple(axis for axis in part if axis is not None) for part in parts]
 
 
 def axis_size(axes: Iterable[str]) -> int:

@@ -1,6 +1,6 @@
 """Published methods by name, each one return statement. `docs/methods.md` has them in one table."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -14,7 +14,7 @@ from optaxclip._split import AxisName
 from optaxclip.limits import LimitLike, as_limit
 
 Transformation: TypeAlias = optax.GradientTransformationExtraArgs
-Axis: TypeAlias = int | str | Sequence[int] | Mapping[str, int | str | Sequence[int] | None] | None
+Axis: TypeAlias = _groups.Axis | Mapping[str, _groups.Axis]
 
 
 @_checks.named()

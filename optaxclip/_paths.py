@@ -2,7 +2,7 @@
 
 import collections
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import jax
@@ -28,6 +28,11 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tup
         keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
         flat.append(((*keys[:-1], *(part for key in keys[-1:] for part in key.split("/"))), leaf))
     return flat
+
+
+def nearest(keys: tuple[str, ...], known: Container[tuple[str, ...]]) -> tuple[str, ...] | None:
+    """The longest beginning of a path that is among those known, in a tree prefix, or None."""
+    return next((keys[:n] for n in range(len(keys), -1, -1) if keys[:n] in known), None)
 
 
 def natural(name: str) -> list[tuple[bool, int, str]]:

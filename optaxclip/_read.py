@@ -6,7 +6,7 @@ neither large nor small ones leave its range.
 
 import collections
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -58,20 +58,32 @@ def blocks_of(
 
     Of each leaf `firsts` has the first row, and `splits` the manual mesh axes that it is split over.
     """
-    blocks, small = [], collections.defaultdict(list)
+    blocks = []
     for leaf, first, place, split in zip(leaves, firsts, places, splits, strict=True):
-        if not (shaped or place.axes or leaf.size > SMALL or _mesh.is_partitioned(leaf)):
-            small[leaf.size, leaf.dtype, split, _mesh.varying_axes(leaf)].append((leaf, first))
-            continue
         count = math.prod(leaf.shape[axis] for axis in place.axes)
         reduced = tuple(axis for axis in range(leaf.ndim) if axis not in place.axes)
         blocks.append(Block(leaf, reduced, first + np.arange(count), split))
-    for (_, _, split, _), alike in small.items():
+    return merged(blocks, lambda block: not (shaped or _mesh.is_partitioned(block.array)))
+
+
+def merged(blocks: Sequence[Block], may: Callable[[Block], bool]) -> list[Block]:
+    """The blocks; small ones of one row and equal size, which `may` be, one to a row of an array."""
+    together, small = [], collections.defaultdict(list)
+    for block in blocks:
+        x = block.array
+        if block.kept or x.size > SMALL or not may(block):
+            together.append(block)
+        else:
+            small[x.size, x.dtype, block.split, _mesh.varying_axes(x)].append(block)
+    for alike in small.values():
         for start in range(0, len(alike), MERGED):
             some = alike[start : start + MERGED]
-            merged = jnp.stack([leaf.reshape(-1) for leaf, _ in some])
-            blocks.append(Block(merged, (1,), np.array([first for _, first in some]), split))
-    return blocks
+            # Behind a barrier, or entries of 16 bits would be widened leaf by leaf.
+            x = lax.optimization_barrier(jnp.stack([block.array.reshape(-1) for block in some]))
+            scale = None if some[0].scale is None else jnp.stack([block.scale for block in some])
+            rows = np.concatenate([block.rows for block in some])
+            together.append(Block(x, (1,), rows, some[0].split, scale))
+    return together
 
 
 def partials(blocks: Sequence[Block], norm: Norm, dtype: np.dtype) -> jax.Array:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 from jax.sharding import PartitionSpec
 
-from optaxclip import _checks, _mesh
+from optaxclip import _checks, _mesh, _paths
 from optaxclip._base import PyTree
 from optaxclip._partition import Partition, named_leaves
 
@@ -60,8 +60,7 @@ def told(where: str, axis_name: AxisName, specs: PyTree = None) -> Split:
 
 def named_in(spec: PartitionSpec) -> Axes:
     """The mesh axes that a specification names."""
-    parts = (part if isinstance(part, tuple) else (part,) for part in spec)
-    return tuple(axis for part in parts for axis in part if axis is not None)
+    return tuple(axis for part in _mesh.axes_by_dimension(spec) for axis in part)
 
 
 def axes_of(part: Partition, leaves: Sequence[Any], split: Split) -> tuple[Axes, ...]:
@@ -134,8 +133,8 @@ def _by_leaf(part: Partition, where: str, specs: dict[tuple[str, ...], Partition
     own = named_leaves(jax.tree.unflatten(part.treedef, range(len(part.paths))))
     found = []
     for leaf, place in zip(own, part.places, strict=True):
-        above = (leaf.keys[:n] for n in range(len(leaf.keys), -1, -1))
-        spec = next((specs[keys] for keys in above if keys in specs), None)
+        at = _paths.nearest(leaf.keys, specs)
+        spec = None if at is None else specs[at]
         if spec is None and place is not None:
             known = _checks.listed("/".join(keys) for keys in specs)
             raise ValueError(

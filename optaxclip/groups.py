@@ -284,10 +284,9 @@ def labels(rule: Any, *, names: Sequence[str] | None = None) -> Groups:
     }
 
     def place(leaf: Leaf) -> Member | None:
-        parts = _parts(leaf.keys)
-        for length in range(len(parts), -1, -1):
-            if parts[:length] in prefix:
-                return prefix[parts[:length]]
+        at = _paths.nearest(_parts(leaf.keys), prefix)
+        if at is not None:
+            return prefix[at]
         raise ValueError(
             f"{where}: no name for leaf {leaf.path!r}. Names are given at "
             f"{_checks.listed('/'.join(keys) for keys in prefix)}. Add one at or above the leaf."

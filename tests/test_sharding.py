@@ -416,6 +416,18 @@ def test_unchecked_shard_map_takes_every_leaf_for_split():
         assert_same(jax.jit(mapped)(grads), jax.jit(two)(grads), rtol=1e-5)
 
 
+def by_hand_over_data(tx, mesh, manual, **options):
+    """An update in a shard_map that takes the axis `data` alone."""
+    return jax.shard_map(
+        lambda grads: tx.update(grads, tx.init(grads)),
+        mesh=mesh,
+        in_specs=(manual,),
+        out_specs=(manual, P()),
+        axis_names={"data"},
+        **options,
+    )
+
+
 @pytest.mark.skipif(OLD_JAX, reason="JAX 0.7 cannot constrain shardings where only some axes are manual")
 def test_some_axes_manual_and_others_automatic():
     """Where shard_map takes only some axes, axis_name names these; the compiler sees to the others."""
@@ -424,13 +436,7 @@ def test_some_axes_manual_and_others_automatic():
         lambda spec: P(*(a if a == "data" else None for a in spec)), layout, is_leaf=is_spec
     )
     tx = METHODS["layer"](axis_name="data")
-    mapped = jax.shard_map(
-        lambda grads: tx.update(grads, tx.init(grads)),
-        mesh=mesh,
-        in_specs=(manual,),
-        out_specs=(manual, P()),
-        axis_names={"data"},
-    )
+    mapped = by_hand_over_data(tx, mesh, manual)
     expected = on_one_device("layer")(GRADS, tx.init(PARAMS), PARAMS)
     assert_same(jax.jit(mapped)(put(GRADS, mesh, layout)), expected)
 
@@ -443,14 +449,7 @@ def test_some_axes_manual_and_others_explicit(check_vma):
     layout = {"dense": {"kernel": P("data", "model"), "bias": P("data")}}
     grads = {"dense": {"kernel": GRADS["head"]["kernel"], "bias": GRADS["embed"]["table"][:, 0]}}
     manual = jax.tree.map(lambda spec: P("data"), layout, is_leaf=is_spec)
-    mapped = jax.shard_map(
-        lambda grads: tx.update(grads, tx.init(grads)),
-        mesh=mesh,
-        in_specs=(manual,),
-        out_specs=(manual, P()),
-        axis_names={"data"},
-        check_vma=check_vma,
-    )
+    mapped = by_hand_over_data(tx, mesh, manual, check_vma=check_vma)
     alone = METHODS["layer"]()
     sharded = put(grads, mesh, layout)
     compiled = jax.jit(mapped).lower(sharded).compile()
