@@ -7,7 +7,7 @@ import functools
 import itertools
 import json as json_module
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -28,21 +28,20 @@ SIZES = {"whole": 1000, "layer": 100, "leaf": 200, "unit": 1_000_000, "stacked":
 # For what limits and recordings add, which does not depend on size or grouping.
 SMALL = {"leaf": 40, "unit": 1_000}
 
-Build = Callable[[oc.Groups, Any], optax.GradientTransformationExtraArgs | optax.GradientTransformation]
+Build = Callable[
+    [oc.Groups, Mapping[str, Any]], optax.GradientTransformationExtraArgs | optax.GradientTransformation
+]
 METHODS: dict[str, Build] = {
-    "clip": lambda groups, axes: oc.rescale_by_norm(1.0, groups=groups, axis_name=axes),
-    "clip, limits.ema": lambda groups, axes: oc.rescale_by_norm(
-        oc.limits.ema(1.05), groups=groups, axis_name=axes
+    "clip": lambda groups, split: oc.rescale_by_norm(1.0, groups=groups, **split),
+    "clip, limits.ema": lambda groups, split: oc.rescale_by_norm(oc.limits.ema(1.05), groups=groups, **split),
+    "clip, limits.relative": lambda groups, split: oc.rescale_by_norm(
+        oc.limits.relative(0.01), groups=groups, **split
     ),
-    "clip, limits.relative": lambda groups, axes: oc.rescale_by_norm(
-        oc.limits.relative(0.01), groups=groups, axis_name=axes
+    "record, clip": lambda groups, split: optax.chain(
+        oc.record(groups=groups, capacity=2, **split), oc.rescale_by_norm(1.0, groups=groups, **split)
     ),
-    "record, clip": lambda groups, axes: optax.chain(
-        oc.record(groups=groups, capacity=2, axis_name=axes),
-        oc.rescale_by_norm(1.0, groups=groups, axis_name=axes),
-    ),
-    "optax.clip_by_global_norm": lambda groups, axes: optax.clip_by_global_norm(1.0),
-    "optax.adaptive_grad_clip": lambda groups, axes: optax.adaptive_grad_clip(0.01),
+    "optax.clip_by_global_norm": lambda groups, split: optax.clip_by_global_norm(1.0),
+    "optax.adaptive_grad_clip": lambda groups, split: optax.adaptive_grad_clip(0.01),
 }
 EXTRAS = ("clip, limits.ema", "clip, limits.relative", "record, clip")
 PEERS = {"whole": "optax.clip_by_global_norm", "unit": "optax.adaptive_grad_clip"}
@@ -52,8 +51,8 @@ class Case(NamedTuple):
     """One program to compile.
 
     Attributes:
-      mode: `jit`, where the compiler places the collectives; `explicit`, where the mesh axes are in the types
-        under `jit`; or `shard_map`, where `axis_name` names them.
+      mode: `jit`, where the compiler places the collectives; `specs`, where these say under `jit` how leaves
+        are split; `explicit`, where their types do; or `shard_map`, where `axis_name` names the axes.
       layout: a name of `layouts.LAYOUTS`.
       grouping: a name of `layouts.GROUPINGS`.
       method: a name of `METHODS`.
@@ -100,12 +99,11 @@ def compiled(case: Case) -> Any:
     mesh = layouts.mesh(AxisType.Explicit if case.mode == "explicit" else AxisType.Auto)
     mapped = case.mode == "shard_map"
     tree = layouts.tree(case.layout, case.grouping, case.size, None if mapped else mesh)
-    build = METHODS[case.method]
-    groups = layouts.GROUPINGS[case.grouping]
+    spec = layouts.specs(case.layout, case.grouping, case.size)
+    split = {"specs": {"specs": spec}, "shard_map": {"axis_name": tuple(layouts.MESH)}}
+    tx = METHODS[case.method](layouts.GROUPINGS[case.grouping], split.get(case.mode, {}))
     if not mapped:
-        tx = build(groups, None)
         return jax.jit(tx.update).lower(tree, jax.eval_shape(tx.init, tree), tree).compile()
-    tx, spec = build(groups, tuple(layouts.MESH)), layouts.specs(case.layout, case.grouping, case.size)
     state = jax.eval_shape(tx.init, tree)
     update = jax.shard_map(
         lambda grads, state, params: tx.update(grads, state, params),
@@ -149,8 +147,7 @@ def cases(chosen: Sequence[str]) -> Iterator[Case]:
     for layout, (grouping, size) in itertools.product(chosen, SIZES.items()):
         if layouts.LAYOUTS[layout].axis_sets == 0 and grouping != "leaf":
             continue  # nothing is split, and nothing exchanged
-        yield Case("jit", layout, grouping, "clip", size)
-        yield Case("explicit", layout, grouping, "clip", size)
+        yield from (Case(mode, layout, grouping, "clip", size) for mode in ("jit", "specs", "explicit"))
         if grouping in PEERS:
             yield Case("jit", layout, grouping, PEERS[grouping], size)
         if (

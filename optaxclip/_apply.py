@@ -13,7 +13,7 @@ from optaxclip._base import Context, Groups, Limit, Norm, PyTree, Response, Stat
 from optaxclip._measure import Measured, measure, merge
 from optaxclip._partition import Partition, matching
 from optaxclip._scale import Factors, factors, scale
-from optaxclip._split import AxisName, Split, axes_of, told
+from optaxclip._split import AxisName, Split, axes_of, laid_out, told
 
 Nonfinite: TypeAlias = Literal["propagate", "zero"]
 
@@ -146,11 +146,12 @@ def measured(part: Partition, leaves: Sequence[Any], table: Table, options: Opti
     """Measures the rows of a partition, on its own leaves or on others of the same shapes."""
     chosen = {k: place for k, place in enumerate(part.places) if place is not None and place.measured}
     wide = any(jnp.finfo(jax.dtypes.canonicalize_dtype(part.leaves[k].dtype)).bits == 64 for k in chosen)
-    splits = axes_of(part, leaves, options.split)
+    splits, laid = axes_of(part, leaves, options.split), laid_out(part, leaves, options.split)
     return measure(
         [jnp.asarray(leaves[k]) for k in chosen],
         places=tuple(chosen.values()),
         splits=tuple(splits[k] for k in chosen),
+        laid=tuple(laid[k] for k in chosen),
         sizes=tuple(table.sizes.tolist()),
         norm=options.norm,
         dtype=np.dtype(np.float64 if wide else np.float32),

@@ -1,8 +1,9 @@
-"""Measures leaves where they lie: each device its own parts, where types say how leaves are split.
+"""Measures leaves where they lie: each device its own parts, where it is known how leaves are split.
 
 Left to the compiler, each split leaf is summed over the devices on its own, over one mesh axis after another,
-and only some hundreds of these sums are merged. Where mesh axes are explicit, a device puts what it has of
-all leaves together first: one short vector is summed for each set of axes, and nothing is gathered.
+and only some hundreds of these sums are merged. Where types say how leaves are split, as they do if mesh axes
+are explicit, or the user does in `specs`, a device puts what it has of all leaves together first: one short
+vector is summed for each set of axes, and nothing is gathered.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,15 +15,18 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from optaxclip import _mesh
+from optaxclip._mesh import Along
 from optaxclip._read import Block, merged
 
 Of: TypeAlias = Callable[[Sequence[Block]], jax.Array]
-Along: TypeAlias = list[tuple[str, ...]]  # for each axis of an array, the mesh axes that split it
 
 
 def split_axes(blocks: Sequence[Block]) -> tuple[str, ...]:
-    """The explicit mesh axes that some block is split over; one that `vmap` took away is none of them."""
-    return tuple(sorted({name for block in blocks for names in _along(block.array) for name in names}))
+    """The mesh axes, not manual, that some block is known to be split over.
+
+    Of the explicit ones, an axis that `vmap` took away is none of them.
+    """
+    return tuple(sorted({name for block in blocks for names in _along(block) for name in names}))
 
 
 def by_device(
@@ -35,13 +39,13 @@ def by_device(
         index of the whole blocks, and zeros for the indices that are on other devices.
       blocks: the blocks, whole.
       of: what measures blocks.
-      axes: the explicit mesh axes that blocks are split over.
+      axes: the mesh axes that `split_axes` found.
     """
-    along = [_along(block.array) for block in blocks]
-    kept = [[names[axis] for axis in _kept(block)] for block, names in zip(blocks, along, strict=True)]
+    along = [_along(block) for block in blocks]
+    kept = [tuple(names[axis] for axis in _kept(block)) for block, names in zip(blocks, along, strict=True)]
     splits = [_joined(block.split, names) for block, names in zip(blocks, along, strict=True)]
     scales = [_scale_of(block) for block in blocks]
-    of_scales = [names if scale.ndim else [] for scale, names in zip(scales, kept, strict=True)]
+    of_scales = [names if scale.ndim else () for scale, names in zip(scales, kept, strict=True)]
 
     def own(arrays: Sequence[jax.Array], scales: Sequence[jax.Array]) -> jax.Array:
         found = zip(blocks, arrays, splits, scales, strict=True)
@@ -66,14 +70,18 @@ def by_device(
     return mapped([block.array for block in blocks], scales)
 
 
-def _along(x: jax.Array) -> Along:
+def _along(block: Block) -> Along:
+    """For each axis of the array, the mesh axes that split it: those its type tells of, and `block.laid`."""
+    x = block.array
+    laid = block.laid or ((),) * x.ndim
     if not _mesh.has_mesh(x):
-        return [()] * x.ndim
+        return laid
     sharding = jax.typeof(x).sharding
     kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
     parts = _mesh.axes_by_dimension(sharding.spec)
-    parts += [()] * (x.ndim - len(parts))
-    return [tuple(name for name in part if kinds.get(name) == AxisType.Explicit) for part in parts]
+    parts += ((),) * (x.ndim - len(parts))
+    typed = (tuple(name for name in part if kinds.get(name) == AxisType.Explicit) for part in parts)
+    return tuple((*one, *other) for one, other in zip(typed, laid, strict=True))
 
 
 def _joined(split: tuple[str, ...], along: Along) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from jax import lax
 
 from optaxclip import _local, _mesh
 from optaxclip._base import Norm
+from optaxclip._mesh import Along
 from optaxclip._partition import Place
 from optaxclip._read import SMALL, Block, blocks_of, partials, peaks, without_nan
 
@@ -49,12 +50,13 @@ class Measured(NamedTuple):
     free: jax.Array | None
 
 
-@functools.partial(jax.jit, static_argnames=("places", "splits", "sizes", "norm", "dtype"))
+@functools.partial(jax.jit, static_argnames=("places", "splits", "laid", "sizes", "norm", "dtype"))
 def measure(
     leaves: Sequence[jax.Array],
     *,
     places: tuple[Place, ...],
     splits: tuple[tuple[str, ...], ...],
+    laid: tuple[Along, ...],
     sizes: tuple[float, ...],
     norm: Norm,
     dtype: np.dtype,
@@ -65,6 +67,7 @@ def measure(
       leaves: the measured leaves.
       places: the place of each.
       splits: the manual mesh axes that each is split over.
+      laid: for each axis of each, the automatic mesh axes that it is known to be split over; or nothing.
       sizes: entries in each row.
       norm: how.
       dtype: what to accumulate in, float32 or float64.
@@ -73,7 +76,7 @@ def measure(
     parts = 1 + any(not place.scaled for place in places)
     # Leaves that are measured but not scaled have rows of their own, behind the others.
     firsts = [place.first + rows * (not place.scaled) for place in places]
-    blocks = blocks_of(leaves, firsts, places, splits, norm.shaped)
+    blocks = blocks_of(leaves, firsts, places, splits, laid, norm.shaped)
 
     def together(
         own: Sequence[Block], combine: Combine, of: Callable[[Sequence[Block]], jax.Array]

@@ -1,12 +1,14 @@
 """What differs between versions of JAX and kinds of mesh: varying axes, collectives, explicit shardings."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
+
+Along: TypeAlias = tuple[tuple[str, ...], ...]  # mesh axes, for each axis of an array
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
@@ -59,6 +61,15 @@ def barrier(arrays: Sequence[jax.Array], scale: jax.Array) -> tuple[list[jax.Arr
     return passed, scales
 
 
+def automatic_axes(arrays: Iterable[jax.Array]) -> dict[str, int]:
+    """The automatic axes, with their sizes, of the mesh that the types of some arrays know."""
+    mesh = next((jax.typeof(x).sharding.mesh for x in arrays if has_mesh(x)), None)
+    if mesh is None:
+        return {}
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
+
+
 def tracked_axes(axes: Iterable[str]) -> frozenset[str]:
     """Those of some manual axes for which JAX keeps track of what varies over them."""
     return frozenset(name for name in axes if name in varying_axes(jax.lax.axis_index(name)))
@@ -70,10 +81,10 @@ def is_tracked(mesh: AbstractMesh) -> bool:
     return tracked_axes(manual) == frozenset(manual)
 
 
-def axes_by_dimension(spec: PartitionSpec) -> list[tuple[str, ...]]:
+def axes_by_dimension(spec: PartitionSpec) -> Along:
     """The mesh axes that a specification names for each dimension."""
     parts = (part if isinstance(part, tuple) else (part,) for part in spec)
-    return [tuple(axis for axis in part if axis is not None) for part in parts]
+    return tuple(tuple(axis for axis in part if axis is not None) for part in parts)
 
 
 def axis_size(axes: Iterable[str]) -> int:

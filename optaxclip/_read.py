@@ -16,6 +16,7 @@ from jax import lax
 
 from optaxclip import _mesh
 from optaxclip._base import Norm
+from optaxclip._mesh import Along
 from optaxclip._partition import Place
 
 SMALL = 4095  # entries; XLA on CPU has a fast reduction from about 4,096 up, and below it pays to merge
@@ -30,6 +31,7 @@ class Block(NamedTuple):
       reduced: the axes that the norm runs over.
       rows: the row of the groups that each index of the other axes belongs to, `(indices,)`.
       split: the manual mesh axes that the entries are split over.
+      laid: for each axis of the array, the automatic mesh axes that `specs` say it is split over; or empty.
       scale: what entries are multiplied by first, of the shape `()` or `kept`; None to read them as they are.
       weight: what partial results are multiplied by then, `(indices,)`; None for 1.
     """
@@ -38,6 +40,7 @@ class Block(NamedTuple):
     reduced: tuple[int, ...]
     rows: np.ndarray
     split: tuple[str, ...] = ()
+    laid: Along = ()
     scale: jax.Array | np.floating | None = None
     weight: np.ndarray | None = None
 
@@ -52,17 +55,19 @@ def blocks_of(
     firsts: Sequence[int],
     places: Sequence[Place],
     splits: Sequence[tuple[str, ...]],
+    laid: Sequence[Along],
     shaped: bool,
 ) -> list[Block]:
     """The leaves, small ones of equal size merged unless `shaped`.
 
-    Of each leaf `firsts` has the first row, and `splits` the manual mesh axes that it is split over.
+    Of each leaf `firsts` has the first row, `splits` the manual mesh axes that it is split over, and `laid`
+    the automatic ones for each of its axes.
     """
     blocks = []
-    for leaf, first, place, split in zip(leaves, firsts, places, splits, strict=True):
+    for leaf, first, place, split, along in zip(leaves, firsts, places, splits, laid, strict=True):
         count = math.prod(leaf.shape[axis] for axis in place.axes)
         reduced = tuple(axis for axis in range(leaf.ndim) if axis not in place.axes)
-        blocks.append(Block(leaf, reduced, first + np.arange(count), split))
+        blocks.append(Block(leaf, reduced, first + np.arange(count), split, along))
     return merged(blocks, lambda block: not (shaped or _mesh.is_partitioned(block.array)))
 
 
@@ -82,7 +87,7 @@ def merged(blocks: Sequence[Block], may: Callable[[Block], bool]) -> list[Block]
             x = lax.optimization_barrier(jnp.stack([block.array.reshape(-1) for block in some]))
             scale = None if some[0].scale is None else jnp.stack([block.scale for block in some])
             rows = np.concatenate([block.rows for block in some])
-            together.append(Block(x, (1,), rows, some[0].split, scale))
+            together.append(Block(x, (1,), rows, some[0].split, scale=scale))
     return together
 
 

@@ -15,7 +15,7 @@ from optaxclip._base import Groups, Norm, PyTree
 from optaxclip._measure import across
 from optaxclip._partition import Partition, matching, partition
 from optaxclip._read import Block, blocks_of
-from optaxclip._split import AxisName, axes_of
+from optaxclip._split import AxisName, axes_of, laid_out
 from optaxclip._stretches import Stretches, blank, with_latest
 
 # The histogram of the whole run: four bins for each doubling, from 2^-64 to 2^64. Centres of bins are at most
@@ -138,8 +138,8 @@ def record(
 def _start(part: Partition, options: Options, capacity: int, stretches: int, kept: int) -> RecordState:
     """The state before the first update; each array in a buffer of its own, so that all can be donated."""
     rows = len(part.table.names)
-    arrays = rows and not options.split.axes
-    arrays = arrays and not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in part.leaves)
+    arrays = rows and not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in part.leaves)
+    arrays = arrays and not options.split.manual(part.leaves)
     found = single(measured(part, part.leaves, part.table, options).norm) if arrays else None
 
     def none(*shape: int) -> jax.Array:
@@ -224,9 +224,10 @@ def _entries(part: Partition, options: Options, bad: jax.Array) -> jax.Array:
     chosen = {k: place for k, place in enumerate(part.places) if place is not None and place.measured}
     arrays, places = [jnp.asarray(part.leaves[k]) for k in chosen], list(chosen.values())
     # Small leaves are merged: every array that a loop is handed takes time, whether it is read or not.
-    splits = axes_of(part, part.leaves, options.split)
-    splits = [splits[k] for k in chosen]
-    blocks = blocks_of(arrays, [place.first for place in places], places, splits, options.norm.shaped)
+    splits, laid = axes_of(part, part.leaves, options.split), laid_out(part, part.leaves, options.split)
+    splits, laid = [splits[k] for k in chosen], [laid[k] for k in chosen]
+    firsts = [place.first for place in places]
+    blocks = blocks_of(arrays, firsts, places, splits, laid, options.norm.shaped)
 
     def count(alike: Sequence[Block]) -> jax.Array:
         return jnp.concatenate([_not_finite(block).reshape(-1) for block in alike])

@@ -136,15 +136,17 @@ def rescale_by_norm(
       eps: added to the norms before the response sees them. 1e-6 gives PyTorch's numbers.
       nonfinite: what becomes of a group with a NaN or infinite entry: `"propagate"` makes all of it NaN, so
         that it cannot be overlooked; `"zero"` makes zeros of it. Other groups are untouched either way.
-      axis_name: inside `shard_map` or `pmap`, the mesh axes that leaves are split over. Under `jit` alone
-        nothing is needed. Where JAX tracks which axes a leaf varies over, each leaf is summed over exactly
+      axis_name: inside `shard_map` or `pmap`, the mesh axes that leaves are split over. Under `jit` nothing
+        is needed. Where JAX tracks which axes a leaf varies over, each leaf is summed over exactly
         those; where it does not (`pmap`, `check_vma=False`), every leaf is summed over all of them, or over
         those that `specs` names for it. None is an error where JAX knows of a measured leaf that varies;
         `()` lets each device measure its own part by itself.
       specs: how leaves are split, where JAX does not track it: a tree prefix of the updates, matched by path,
-        of `jax.sharding.PartitionSpec`, as `in_specs` of `shard_map`; None in it is `P()`. Only which axes a
-        leaf is split over counts, not along which dimensions. Without `axis_name` all axes that it names
-        count, with it only those in both. Where JAX does track, the two must agree.
+        of `jax.sharding.PartitionSpec`, as `in_specs` of `shard_map`; None in it is `P()`. Of manual axes
+        only which ones a leaf is split over counts, not along which dimensions. Without `axis_name` all
+        that it names count, with it only those in both. Where JAX does track, the two must agree. Under
+        `jit`, with automatic mesh axes, it changes no number and saves communication: one all-reduce for
+        each distinct set of axes, and no all-gather.
       out_dtype: the dtype that scaled leaves come out in, a real one; complex leaves come out in the complex
         one of the same precision, and what belongs to no group as it is. By default each leaf keeps its own.
         `jnp.float32` in front of an optimizer with moments in float32 saves bfloat16 gradients from being

@@ -1,5 +1,6 @@
-"""Over which manual mesh axes leaves are split: what JAX knows, and what `axis_name` and `specs` say."""
+"""Over which mesh axes leaves are split: what JAX knows, and what `axis_name` and `specs` say."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -8,6 +9,7 @@ from jax.sharding import PartitionSpec
 
 from optaxclip import _checks, _mesh, _paths
 from optaxclip._base import PyTree
+from optaxclip._mesh import Along
 from optaxclip._partition import Partition, named_leaves
 
 AxisName: TypeAlias = str | Sequence[str] | None
@@ -32,6 +34,19 @@ class Split(NamedTuple):
         """The mesh axes that leaves may be split over."""
         if self.axis_name is not None:
             return self.axis_name
+        return self._named()
+
+    def manual(self, leaves: Sequence[Any]) -> Axes:
+        """Those of `axes` that are not automatic ones."""
+        automatic = self.automatic(leaves)
+        return tuple(axis for axis in self.axes if axis not in automatic)
+
+    def automatic(self, leaves: Sequence[Any]) -> dict[str, int]:
+        """The axes that `specs` name and that are automatic ones of the leaves' mesh, with their sizes."""
+        named = self._named()
+        return {axis: n for axis, n in _mesh.automatic_axes(leaves).items() if axis in named} if named else {}
+
+    def _named(self) -> Axes:
         return tuple(dict.fromkeys(axis for spec in (self.specs or {}).values() for axis in named_in(spec)))
 
 
@@ -75,13 +90,12 @@ def axes_of(part: Partition, leaves: Sequence[Any], split: Split) -> tuple[Axes,
       ValueError: if a measured leaf varies over an axis and nothing was told, if what was told is not what
         JAX knows or would add up rows of different groups, or if no specification is for the leaf.
     """
-    measured = [k for k, place in enumerate(part.places) if place is not None and place.measured]
-    varying = {k: _mesh.varying_axes(leaves[k]) for k in measured}
+    varying = {k: _mesh.varying_axes(leaves[k]) for k in _measured(part)}
     if split.axis_name is None and split.specs is None:
         _check_whole(part, varying, split.where)
         return ((),) * len(leaves)
     specs = None if split.specs is None else _by_leaf(part, split.where, split.specs)
-    axes = frozenset(split.axes)
+    axes = frozenset(split.manual([leaves[k] for k in varying]))
     tracked = _mesh.tracked_axes(axes)
     found: list[Axes] = [()] * len(leaves)
     for k, known in varying.items():
@@ -92,6 +106,44 @@ def axes_of(part: Partition, leaves: Sequence[Any], split: Split) -> tuple[Axes,
             _check_spec(part, k, split.where, specs[k], own & tracked, seen)
         found[k] = tuple(sorted(own))
     return tuple(found)
+
+
+def laid_out(part: Partition, leaves: Sequence[Any], split: Split) -> tuple[Along, ...]:
+    """For each leaf, and each of its dimensions, the automatic mesh axes that `specs` say it is split over.
+
+    Empty for leaves that are split over none.
+
+    Raises:
+      ValueError: if there is no specification for a leaf, or one that the leaf's shape does not allow.
+    """
+    measured = _measured(part)
+    sizes = split.automatic([leaves[k] for k in measured])
+    found: list[Along] = [()] * len(leaves)
+    if sizes and split.specs is not None:
+        specs = _by_leaf(part, split.where, split.specs)
+        for k in measured:
+            found[k] = _laid(part.paths[k], leaves[k].shape, specs[k], split.where, sizes)
+    return tuple(found)
+
+
+def _measured(part: Partition) -> list[int]:
+    return [k for k, place in enumerate(part.places) if place is not None and place.measured]
+
+
+def _laid(path: str, shape: tuple[int, ...], spec: PartitionSpec, where: str, sizes: dict[str, int]) -> Along:
+    laid = [tuple(axis for axis in axes if axis in sizes) for axes in _mesh.axes_by_dimension(spec)]
+    if not any(laid):
+        return ()
+    wrong = f"{where}: leaf {path!r} of shape {shape} cannot be split as its specification, {spec}, says: "
+    if len(spec) > len(shape):
+        raise ValueError(f"{wrong}it has {len(shape)} dimensions. Give it a specification of its own.")
+    for dimension, (size, axes) in enumerate(zip(shape, laid, strict=False)):
+        if size % (devices := math.prod(sizes[axis] for axis in axes)):
+            raise ValueError(
+                f"{wrong}dimension {dimension} does not divide by {devices} devices. Name no axes for it, "
+                "and the compiler gathers it, or leave specs out."
+            )
+    return (*laid, *((),) * (len(shape) - len(laid)))
 
 
 def _check_whole(part: Partition, varying: dict[int, frozenset[str]], where: str) -> None:

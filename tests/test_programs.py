@@ -183,7 +183,12 @@ def test_few_small_all_reduces_for_any_grouping(layout, grouping):
 
 @pytest.mark.parametrize(
     ("mode", "layout", "grouping"),
-    [("explicit", layout, grouping) for layout in layouts.LAYOUTS for grouping in layouts.GROUPINGS]
+    [
+        (mode, layout, grouping)
+        for mode in ("explicit", "specs")
+        for layout in layouts.LAYOUTS
+        for grouping in layouts.GROUPINGS
+    ]
     + [
         ("shard_map", layout, grouping)
         for layout in ("mixed", "both")
@@ -191,7 +196,7 @@ def test_few_small_all_reduces_for_any_grouping(layout, grouping):
     ],
 )
 def test_one_number_for_each_group_where_axes_are_known(mode, layout, grouping):
-    """By axis_name or by type, each set of axes sends one number per group, however many leaves there are.
+    """By axis_name, specs or type, each set of axes sends a number per group, however many leaves there are.
 
     So do units that are split over devices: their norms are summed into place, and not gathered.
     """
@@ -201,7 +206,9 @@ def test_one_number_for_each_group_where_axes_are_known(mode, layout, grouping):
     assert row.all_gathers == row.others == row.rare == 0
 
 
-@pytest.mark.parametrize(("mode", "layout"), [("jit", "fsdp"), ("explicit", "fsdp"), ("explicit", "tensor")])
+@pytest.mark.parametrize(
+    ("mode", "layout"), [("jit", "fsdp"), ("explicit", "fsdp"), ("explicit", "tensor"), ("specs", "tensor")]
+)
 def test_a_million_groups_cost_one_all_reduce(mode, layout):
     """The number of collectives does not grow with that of groups."""
     row = counted(mode, layout, "unit", size=1_000_000)
@@ -209,21 +216,22 @@ def test_a_million_groups_cost_one_all_reduce(mode, layout):
     assert row.reduced <= 4 * row.groups + 4
 
 
-def test_many_leaves_cost_one_all_reduce_where_types_know_the_axes():
+@pytest.mark.parametrize("mode", ["explicit", "specs"])
+def test_many_leaves_cost_one_all_reduce_where_it_is_known_how_they_are_split(mode):
     """The number of collectives does not grow with that of leaves, as it does where XLA merges them."""
-    row = counted("explicit", "fsdp", "whole", size=300)
+    row = counted(mode, "fsdp", "whole", size=300)
     assert (row.leaves, row.all_reduces, row.reduced) == (300, 1, 4)
     assert counted("jit", "fsdp", "whole", size=300).all_reduces == 2
 
 
-@pytest.mark.parametrize("mode", ["explicit", "shard_map"])
+@pytest.mark.parametrize("mode", ["explicit", "specs", "shard_map"])
 def test_small_parts_are_measured_together(mode):
     """What a device has of leaves is merged where that is small, as small leaves are on one device."""
     module = hlo.parse(scaling.compiled(Case(mode, "fsdp", "whole", "clip", 80)))
     assert hlo.launches(module) <= 80 + 80 / 64 + FIXED
 
 
-@pytest.mark.parametrize("mode", ["jit", "explicit", "shard_map"])
+@pytest.mark.parametrize("mode", ["jit", "explicit", "specs", "shard_map"])
 def test_what_makes_factors_is_in_no_kernel_that_scales(mode):
     """On a mesh, too, a leaf adds a kernel of few instructions: many would be compiled for each leaf anew."""
 
@@ -283,6 +291,7 @@ def test_one_command_counts_and_estimates(tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "all.json").read_text())["rows"]
     assert [(row["case"]["mode"], row["all_reduces"], row["reduced"]) for row in rows] == [
         ("jit", 1, 16),
+        ("specs", 1, 4),
         ("explicit", 1, 4),
         ("jit", 1, 16),
         ("shard_map", 1, 4),

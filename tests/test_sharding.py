@@ -61,9 +61,10 @@ ONE_ROW = ["whole", "layer", "leaf, linf", "leaf, rms", "leaf, relative"]  # per
 MANY_ROWS = ["unit", "unit, relative", "stacked"]
 EVERYWHERE = ["whole", "unit"]  # also with the simpler layouts
 MESHES = {"auto": (AxisType.Auto,) * 2, "explicit": (AxisType.Explicit,) * 2}
+KNOWN = {"explicit": "explicit", "told": "auto"}  # how it may be known what is split: by type, or by `specs`
 SETTINGS = [
-    pytest.param(mesh, layout, method, id=f"{mesh}-{layout}-{method}")
-    for mesh in MESHES
+    pytest.param(kind, layout, method, id=f"{kind}-{layout}-{method}")
+    for kind in ("auto", *KNOWN)
     for layout in LAYOUTS
     for method in (EVERYWHERE if layout != "mixed" else ONE_ROW + MANY_ROWS)
 ]
@@ -107,7 +108,13 @@ VALUES = {
 
 
 def mesh_of(kind):
-    return jax.make_mesh((4, 2), ("data", "model"), axis_types=MESHES[kind], devices=jax.devices("cpu"))
+    types = MESHES[KNOWN.get(kind, kind)]
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=types, devices=jax.devices("cpu"))
+
+
+def telling(kind, layout="mixed"):
+    """The arguments that say how leaves are split."""
+    return {"specs": LAYOUTS[layout]} if kind == "told" else {}
 
 
 def put(tree, mesh, layout):
@@ -124,7 +131,7 @@ def on_one_device(method):
 
 @functools.cache
 def on_all_devices(kind, layout, method):
-    tx, mesh = METHODS[method](), mesh_of(kind)
+    tx, mesh = METHODS[method](**telling(kind, layout)), mesh_of(kind)
     grads, params = (put(tree, mesh, LAYOUTS[layout]) for tree in (GRADS, PARAMS))
     return jax.jit(tx.update).lower(grads, tx.init(params), params).compile()
 
@@ -169,9 +176,9 @@ def test_output_keeps_its_sharding(kind, layout, method):
     assert jax.tree.all(jax.tree.map(same, LAYOUTS[layout], outputs, GRADS, is_leaf=is_spec))
 
 
-@pytest.mark.parametrize(("kind", "layout", "method"), [p for p in SETTINGS if p.values[0] == "explicit"])
-def test_explicit_axes_cost_one_all_reduce_for_each_set(kind, layout, method):
-    """Where types say how leaves are split, each set of axes costs one all-reduce, and nothing is gathered.
+@pytest.mark.parametrize(("kind", "layout", "method"), [p for p in SETTINGS if p.values[0] in KNOWN])
+def test_known_axes_cost_one_all_reduce_for_each_set(kind, layout, method):
+    """Where types or specs say what is split, each set of axes costs one all-reduce, and nothing is gathered.
 
     It has a number for each row that is measured there, whatever the number of leaves.
     """
@@ -469,6 +476,82 @@ def test_one_axis_explicit_and_another_automatic(method):
     )
 
 
+@pytest.mark.skipif(OLD_JAX, reason="JAX 0.7 cannot constrain shardings where only some axes are manual")
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_some_axes_manual_and_others_told(check_vma):
+    """Where shard_map takes only some axes, specs name both: manual ones, and those of the compiler."""
+    mesh, layout = mesh_of("auto"), {"dense": {"kernel": P("data", "model"), "bias": P("data")}}
+    tx, alone = METHODS["layer"](specs=layout), METHODS["layer"]()
+    grads = {"dense": {"kernel": GRADS["head"]["kernel"], "bias": GRADS["embed"]["table"][:, 0]}}
+    manual = jax.tree.map(lambda spec: P("data"), layout, is_leaf=is_spec)
+    mapped = by_hand_over_data(tx, mesh, manual, check_vma=check_vma)
+    sharded = put(grads, mesh, layout)
+    compiled = jax.jit(mapped).lower(sharded).compile()
+    assert_same(compiled(sharded), jax.jit(alone.update)(grads, alone.init(grads)))
+    assert len(collectives(compiled)["all-reduce"]) == 2  # for the kernel and for the bias
+
+
+@pytest.mark.parametrize("specs", ["fsdp", "tensor"])
+def test_specs_that_are_not_how_leaves_lie_move_leaves_and_change_nothing(specs):
+    """Under jit an array is what it is, however it is split: the compiler brings it to where specs say."""
+    tx, mesh = METHODS["unit"](specs=LAYOUTS[specs]), mesh_of("auto")
+    grads, params = (put(tree, mesh, LAYOUTS["mixed"]) for tree in (GRADS, PARAMS))
+    compiled = jax.jit(tx.update).lower(grads, tx.init(params), params).compile()
+    found = compiled(grads, tx.init(params), params)
+    assert_same(found, on_one_device("unit")(GRADS, METHODS["unit"]().init(PARAMS), PARAMS))
+
+
+MISFITS = [
+    (
+        {"a": P("data"), "b": P("data")},
+        r"rescale_by_norm: leaf 'b' of shape \(6,\) cannot be split as its specification, .*'data'.*, "
+        "says: dimension 0 does not divide by 4 devices",
+    ),
+    (
+        {"a": P("data", "model"), "b": P()},
+        r"leaf 'a' of shape \(8,\) cannot be split as .* says: it has 1 dimensions",
+    ),
+    ({"a": P("data")}, "specs has none for leaf 'b', among 'a'"),
+]
+
+
+@pytest.mark.parametrize(("specs", "text"), MISFITS, ids=["uneven", "dimensions", "missing"])
+def test_specs_that_do_not_fit_a_leaf_under_jit_are_an_error(specs, text):
+    """The leaf is named, and what does not fit."""
+    tx, mesh = oc.clip_by_global_norm(1.0, specs=specs), mesh_of("auto")
+    grads = put({"a": jnp.ones(8), "b": jnp.ones(6)}, mesh, {"a": P("data"), "b": P()})
+    with pytest.raises(ValueError, match=text):
+        jax.jit(tx.update)(grads, tx.init(grads))
+
+
+def test_methods_that_leave_it_to_the_compiler_take_specs_under_jit():
+    """What measures no groups, or whole matrices, is as right with specs as without."""
+    layout = {"w": P("data", "model"), "b": P("model")}
+    grads = {"w": GRADS["head"]["kernel"], "b": GRADS["embed"]["table"][0]}
+    sharded = put(grads, mesh_of("auto"), layout)
+    for build in (
+        lambda **kw: oc.adaptive_value_clip(**kw),
+        lambda **kw: oc.centralize(**kw),
+        lambda **kw: oc.rescale_by_norm(0.1, norm=oc.norms.spectral(30), **kw),
+    ):
+        tx, alone = build(specs=layout), build()
+        found = jax.jit(tx.update)(sharded, tx.init(sharded))
+        assert_same(found, jax.jit(alone.update)(grads, alone.init(grads)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("specs", [P("model"), None])
+def test_examples_of_split_parameters_under_jit(specs):
+    """The specs are those of the parameters; the batch, split over another axis, stays where it is."""
+    mesh, (tx, alone) = mesh_of("auto"), (oc.clip_per_example(1.0, specs=s) for s in (specs, None))
+    examples = {"w": GRADS["layers"]["kernel"]}
+    params = {"w": PARAMS["layers"]["kernel"][0]}
+    sharded = put(examples, mesh, {"w": P("data", "model")})
+    compiled = jax.jit(tx.update).lower(sharded, tx.init(params)).compile()
+    found, expected = compiled(sharded, tx.init(params)), alone.update(examples, alone.init(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), found, expected)
+    assert max(sum(sizes) for sizes in collectives(compiled).values()) <= 2 * examples["w"][0].size
+
+
 @pytest.mark.parametrize("kind", MESHES)
 def test_the_largest_singular_value_is_that_of_the_whole(kind):
     """A norm that is not made of its parts' norms is measured of whole leaves, however they are split."""
@@ -519,27 +602,30 @@ def test_sharded_training_step_in_scan(kind):
     assert oc.metrics(state)["clip/clipped_fraction/whole"] == np.float32(2 / 3)
 
 
-@pytest.mark.parametrize("kind", MESHES)
+@pytest.mark.parametrize("kind", ["auto", *KNOWN])
 def test_derivatives_are_those_of_one_device(kind):
     """The derivative through a clip does not depend on how leaves are split."""
 
-    def loss(grads):
-        tx = METHODS["unit"]()
-        updates, _ = tx.update(grads, tx.init(grads))
-        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(updates))
+    def derivative(grads, **options):
+        def loss(grads):
+            tx = METHODS["unit"](**options)
+            updates, _ = tx.update(grads, tx.init(grads))
+            return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(updates))
 
-    derivative = jax.jit(jax.grad(loss))
-    sharded = derivative(put(GRADS, mesh_of(kind), LAYOUTS["mixed"]))
+        return jax.jit(jax.grad(loss))(grads)
+
+    sharded = derivative(put(GRADS, mesh_of(kind), LAYOUTS["mixed"]), **telling(kind))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), sharded, derivative(GRADS)
     )
 
 
-@pytest.mark.parametrize("kind", MESHES)
+@pytest.mark.parametrize("kind", ["auto", *KNOWN])
 def test_norms_of_sharded_arrays_outside_jit(kind):
     """The norms of sharded arrays are right outside jit as well."""
     sharded = put(GRADS, mesh_of(kind), LAYOUTS["mixed"])
-    assert_same(oc.group_norms(sharded, oc.groups.unit()), oc.group_norms(GRADS, oc.groups.unit()))
+    found = oc.group_norms(sharded, oc.groups.unit(), **telling(kind))
+    assert_same(found, oc.group_norms(GRADS, oc.groups.unit()))
 
 
 RECORD_GROUPS = {
@@ -583,17 +669,18 @@ def all_reduces(compiled):
 
 @pytest.mark.parametrize("groups", RECORD_GROUPS)
 @pytest.mark.parametrize(
-    ("kind", "layout"), [("auto", "fsdp"), ("auto", "tensor"), ("auto", "mixed"), ("explicit", "mixed")]
+    ("kind", "layout"),
+    [("auto", "fsdp"), ("auto", "tensor"), ("auto", "mixed"), ("explicit", "mixed"), ("told", "mixed")],
 )
 def test_a_recording_of_sharded_updates_equals_that_of_one_device(kind, layout, groups):
     """Norms, counts of what is not finite, and all else; updates come out as they went in."""
-    tx, mesh = record(groups), mesh_of(kind)
+    tx, mesh = record(groups, **telling(kind)), mesh_of(kind)
     grads, params = (put(tree, mesh, LAYOUTS[layout]) for tree in (GRADS, PARAMS))
     update = jax.jit(lambda g, s, p: tx.update(g, s, p, value=jnp.float32(0.5)))
     compiled = update.lower(grads, tx.init(params), params).compile()
-    assert_same(tx.init(params), tx.init(PARAMS))
+    assert_same(tx.init(params), record(groups).init(PARAMS))
     for values in RECORDED.values():
-        expected, state = recorded_on_one_device(groups)(values, tx.init(PARAMS), PARAMS)
+        expected, state = recorded_on_one_device(groups)(values, record(groups).init(PARAMS), PARAMS)
         updates, sharded = compiled(put(values, mesh, LAYOUTS[layout]), tx.init(params), params)
         assert_same(sharded, state)
         assert_same(updates, expected, rtol=0)
