@@ -23,6 +23,7 @@ OTHERS = ("optax", "torch")
 LIMITS = ("c_loop", "copy", "identity")
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 WIDTH = 1200  # pixels, of a figure with all trees
+WIDE = 7  # inches, with room for the legend in one line
 NARROWEST = 0.7, 2.0  # what each axis shows at least
 
 
@@ -142,7 +143,8 @@ def _legend(figure: Figure, dtypes: set[str]) -> None:
                 label=label,
             )
         )
-    figure.legend(handles=shown, loc="outside lower center", ncols=len(shown), fontsize=7.5, frameon=False)
+    columns = len(shown) if figure.get_figwidth() > WIDE else 2
+    figure.legend(handles=shown, loc="outside lower center", ncols=columns, fontsize=7.5, frameon=False)
 
 
 def _place(environment: Mapping[str, Any]) -> str:

@@ -56,7 +56,9 @@ _beaten = functools.partial(Target, limit=1.0)
 _compile = functools.partial(
     Target, suite="compile", methods=CLIPPING, against="optax_global", cases=("total",)
 )
-_memory = functools.partial(Target, suite="memory", methods=CLIPPING, against=None, trees=LARGE)
+_memory = functools.partial(
+    Target, suite="memory", methods=(*CLIPPING, *ADAPTIVE, "record"), against=None, trees=LARGE
+)
 
 ALL = (
     _step("a clipped AdamW step, float32", 1.15, methods=("global",), dtypes=("float32",)),

@@ -4,7 +4,7 @@ The embeddings are badly scaled: they start 100 times too small, and what is rea
 by 100. The network computes what it would have computed, but their gradient is 100 times larger and their
 weights are 100 times smaller, so beside them a step of SGD is 10,000 times longer. In large models it was a
 projection whose gradient of 5e7 made global clipping starve all else:
-https://github.com/NVIDIA/Megatron-LM/issues/5431.
+https://github.com/NVIDIA/Megatron-LM/pull/5431.
 """
 
 import dataclasses
@@ -208,8 +208,8 @@ def main(
     start too small by --scale and are multiplied by it: the function is the usual one, but
     the embeddings' gradient is larger by the scale, and a step beside their weights by its square.
 
-    All policies start from the same weights and see the same batches. Global clipping allows C in all, and so
-    holds back every tensor for the one; layerwise clipping allows C/√G for each of G layers. The third is
+    All policies start from the same weights and see the same batches. Global clipping allows C in all, one
+    limit for tensors that need it and for those that do not; layerwise clipping allows C/√G for each of G layers. The third is
     what optaxclip advises from a recording of the run without clipping: to clip the one tensor alone.
     """
     setting, console = Setting(scale, learning_rate, steps, limit, seeds), Console()

@@ -15,7 +15,7 @@ import collections
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -178,7 +178,12 @@ def _across(
 
 
 def _add(combine: Combine):
-    return jnp.sum if combine == "sum" else jnp.max
+    return _sum if combine == "sum" else jnp.max
+
+
+def _sum(values: jax.Array, **options: Any) -> jax.Array:
+    """The sum in the dtype of what is summed: with 64 bits switched on, `jnp.sum` makes int64 of int32."""
+    return jnp.sum(values, dtype=values.dtype, **options)
 
 
 def _segments(values: jax.Array, index: np.ndarray, rows: int, combine: Combine) -> jax.Array:

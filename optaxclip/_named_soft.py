@@ -84,7 +84,7 @@ def psac_clip(
 
     Args:
       max_norm: c, what large norms come to.
-      r: the norm around which the factor is largest.
+      r: how much small norms are spared; the factor is largest at n = √r - r.
       groups: which entries share a norm, one of `optaxclip.groups`.
       nonfinite: what becomes of a NaN or an infinity; see `rescale_by_norm`.
       axis_name: mesh axes inside `shard_map` or `pmap`; see `rescale_by_norm`.

@@ -247,15 +247,25 @@ def _entries(part: Partition, options: Options, bad: jax.Array) -> jax.Array:
 
 def _not_finite(block: Block) -> jax.Array:
     """How many entries are not finite, of the block's kept shape."""
-    x, bad, reduced = block.array, lambda x: ~jnp.isfinite(x), block.reduced
+    x = block.array
+    bad = _flags(x.real) | _flags(x.imag) if jnp.iscomplexobj(x) else _flags(x)
+    if _mesh.has_mesh(x):
+        return _mesh.replicate(jnp.sum(bad, axis=block.reduced, dtype=bad.dtype), x)
+
+    def both(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]):
+        return one[0] + other[0], one[1] | other[1]
+
+    # XLA on CPU would write out what a sum alone is of, and takes two things together as they come.
+    none = np.int32(0)
+    count, some = lax.reduce((bad, bad), (none, none), both, block.reduced)
+    return jnp.where(some < 0, some, count)  # never so, which XLA does not know: both are needed
+
+
+def _flags(x: jax.Array) -> jax.Array:
+    """1 where a real entry is not finite, else 0; by its bits, since XLA on CPU would widen those of 16."""
     kind = jnp.finfo(x.dtype)
-    if kind.bits == 16:
-        # By their bits: XLA on CPU would make a float32 copy of all of them first.
-        exponent = np.uint16((2**kind.nexp - 1) << kind.nmant)
-        x, bad = lax.bitcast_convert_type(x, jnp.uint16), lambda x: (x & exponent) == exponent
-    if x.ndim < 2 or _mesh.has_mesh(x):
-        return _mesh.replicate(jnp.sum(bad(x), axis=reduced, dtype=jnp.int32), x)
-    # It also writes out what is to be counted; slice by slice, that is small.
-    rest = tuple(axis - 1 for axis in reduced if axis)
-    found = lax.map(lambda part: jnp.sum(bad(part), axis=rest, dtype=jnp.int32), x)
-    return jnp.sum(found, axis=0) if 0 in reduced else found
+    if kind.bits < 16:  # not all of them have infinities
+        return (~jnp.isfinite(x)).astype(jnp.int32)
+    uint = jnp.dtype(f"uint{kind.bits}").type
+    exponent = lax.bitcast_convert_type(x, uint) & uint((2**kind.nexp - 1) << kind.nmant)
+    return ((exponent + uint(1 << kind.nmant)) >> uint(kind.bits - 1)).astype(jnp.int32)

@@ -142,7 +142,7 @@ def psac(r: float | jax.Array = 0.1) -> Response:
     r"""Scales every group nearly to its limit, small ones less so: $c / (n + r / (n + r))$.
 
     Args:
-      r: the norm around which the factor is largest; positive.
+      r: how much small norms are spared, positive; the factor is largest at n = √r - r.
 
     Raises:
       TypeError: if `r` is neither a number nor an array.

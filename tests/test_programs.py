@@ -20,6 +20,7 @@ from benchmarks.scaling import Case
 LARGE = trees.Tree("large", {f"dense_{k}": {"kernel": (1024, 128), "bias": (8192,)} for k in range(2)})
 SMALL = trees.Tree("small", {f"layer_{k}": {"scale": (1000,), "bias": (1000,)} for k in range(50)})
 GROUPED = ["global", "layerwise", "leafwise"]
+TELEMETRY = ["zclip", "adagc", "record", "record_clip"]
 NEW_XLA = pytest.mark.skipif(before(jax, 0, 10), reason="older compilers write more to memory")
 FIXED = 60  # kernels for decisions and statistics, however many leaves
 GROUPS = {"global": 0, "layerwise": SMALL.leaves // 2, "leafwise": SMALL.leaves}
@@ -101,6 +102,16 @@ def test_in_a_step_a_clip_adds_one_read(name, dtype):
 def test_a_clip_needs_no_memory(name, dtype):
     """The clip alone allocates at most a hundredth of the gradients."""
     assert temporary("alone", name, "large", dtype) <= 0.01
+
+
+@NEW_XLA
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", TELEMETRY)
+def test_telemetry_needs_no_memory(name, dtype):
+    """Nor do a limit that remembers norms and a recording, in front of AdamW, but copies of their states."""
+    state = jax.eval_shape(methods.ALL[name].build(LARGE).init, trees.specs(LARGE, dtype))
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / LARGE.nbytes(dtype)
+    assert temporary("step", name, "large", dtype) <= 0.01 + 3 * held < 0.25
 
 
 @NEW_XLA

@@ -59,7 +59,7 @@ Norm = Annotated[str | None, typer.Option(help=TEXT + "What was logged: l2 (defa
 Groups = Annotated[str, typer.Option(help="Put leaves together first: leaf, layer or depth:K.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout; null for what is not finite.")]
 Optimizer = Annotated[Literal["sgd", "adam"], typer.Option(help="What follows the clipping.")]
-Rate = Annotated[float | None, typer.Option(min=0, help="Its learning rate at the start.")]
+Rate = Annotated[float | None, typer.Option(min=0, help="Its learning rate; the highest of a schedule.")]
 Budget = Annotated[
     float, typer.Option(min=0, max=0.5, help="Which share of ordinary updates clipping may touch.")
 ]

@@ -38,7 +38,7 @@ class Rule(NamedTuple):
       uneven: norms scatter too much if the root of their mean square is this many times an ordinary norm.
         Adam divides by it: ordinary steps are shorter by a third. With SGD a few steps do most of the way.
       below: a limit for Adam is this many times below ordinary norms, so that it still is when norms have
-        fallen, as they do in training; being lower costs nothing.
+        fallen, as they do in training; being lower costs nothing while limit / √entries is far above its eps.
       listed: the number of groups whose names and limits still make a line of code one can read.
       resamples: of the bootstrap behind the interval.
     """
