@@ -207,7 +207,7 @@ def regex(
     compiled = []
     for name, patterns in rules.items():
         member = _member(where, name)
-        several = isinstance(patterns, Sequence) and not isinstance(patterns, str)
+        several = isinstance(patterns, Sequence) and not isinstance(patterns, str | bytes)
         for pattern in patterns if several else [patterns]:
             compiled.append((member, _compiled(where, pattern)))
             _check_references(where, *compiled[-1])

@@ -112,6 +112,14 @@ TYPES = [
     ),
     (lambda: oc.groups.regex({1: "a"}), "groups.regex: a group is called 1. Pass a str that is not empty"),
     (lambda: oc.groups.regex({"a": 1}), "groups.regex: the pattern 1 is of type int. Pass a str."),
+    (
+        lambda: oc.groups.regex({"a": b"w"}),
+        "groups.regex: the pattern b'w' is of type bytes. Pass a str.",
+    ),
+    (
+        lambda: oc.groups.regex({"a": re.compile(b"w")}),
+        "groups.regex: the pattern b'w' is of type bytes. Pass a str.",
+    ),
     (lambda: oc.groups.regex({"a": [1]}), "groups.regex: the pattern 1 is of type int. Pass a str."),
     (lambda: oc.groups.measured_only(""), "groups.measured_only: a group is called ''."),
     (lambda: oc.groups.labels({"a": 1}), "groups.labels: a group is called 1."),

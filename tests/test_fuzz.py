@@ -1,12 +1,16 @@
 """Whatever trees, paths, patterns, files and arguments come: an answer, or one clear error."""
 
 import contextlib
+import importlib.util
 import io
 import json
+import re
 import signal
 import struct
+import sys
 import tracemalloc
 import zipfile
+from random import Random
 
 import jax
 import jax.numpy as jnp
@@ -146,18 +150,34 @@ EXPONENTIAL = [
         "(é+)+$",
         "(?i:(a+)+)",
     ),
+    *(r"^(?:[^ab]|A)*$", "^(?:(?:a?){9}){9}$", "^(?:(?:[ab]{0,9}){9}){9}$", "^(?:a?a?a?a?){9}$"),
+    *(r"^(?:(?:\d*)?/)*$", "^(?:(?:a*)?b)*$", "^(x?)(?:(?(1)a*|b))*$", "^(?:.|é)*!$", r"^(?:éé|\w)*$"),
+    *("(?i)^(?:[`-c]d|[@-C]d)*$", "(?i)^(?:[à-ü]d|Éd)*$", "(?i)^(?:k|\u212aa?)*$", "(?i)^(?:İa?|i)*$"),
+    *(r"(?a)^(?:\W\W|ß)*$", r"(?a:^(?:\W\W|ß)*$)", r"(?a)^(?:(?u:\w\w)|ß)*$", r"^(?:²a|\Da)*$"),
+    *("(?s)^(?:.a|\na)*$", r"^(?:(?!b)(?:\b|\B)a)*$", "^(?>(?:a|aa)*b)", "^(?=(?:a|aa)*b)", "(?:a?)*"),
 ]
 HARMLESS = [
     *("(?:[^/]+/)*kernel$", r"(\d+)(/\d+)*$", r"block_(\d+)", "^(.*/)?attn/(q|k|v)_proj", ".*", "", "(a++)+"),
     *("(?:layer|lin)*x", r"(?:\w+\.)*\w+", r"layers?/(\d+)/.*kernel", "(?>a+)+", "(?:ab?)*", "(a)(?(1)b|c)*"),
     *(r"(\w|\d)+!", "(?=x)(y)(?!z)", r"(?P<k>[a-z_]+)(?:_(?P=k))?", "(?:a+){3}"),
+    *("([A-Z][a-z]*)+", r"([A-Z][a-z]+)+_\d+", r"(?:Layer_\d+/|layer_\d+/)*w", "(?:conv|Conv)+"),
+    *("(?:层/|块/)*", r"(?:²a|\da)*", r"(?:\w+\W)*", "(?i)(?:[a-z]+[^a-z])*", "(?i)(?:kernel|scale|İ)*"),
+    *(
+        r"(?a)(?:[^\W\d]+[ß²\d])*",
+        r"(?u:(?:\s|\d)+_)*",
+        "(?:.*\n)*",
+        "(?:ab?)*b",
+        "x(?!)|y",
+        "(?:(?>a+)|b)*",
+    ),
+    *("(?:[^/]*/){1,12}w$", "(?:(?:a|a)++b)*", "(?i:k)*K", "(a)(?:(?(1)b)c)*"),
 ]
 
 
 @pytest.mark.parametrize("pattern", EXPONENTIAL)
 def test_patterns_that_may_take_for_ever_are_refused(pattern):
     """Wherever a user can pass one, before any path is looked at, with what to do."""
-    match = r"repeats what can match the same text in several ways, .* Let what is repeated end"
+    match = r"repeats what can match the same text in several ways, .* Make the next character decide: "
     made = {
         "groups.regex": lambda: oc.groups.regex({"x": pattern}),
         "groups.unit": lambda: oc.groups.unit({pattern: 0}),
@@ -175,6 +195,8 @@ def test_columns_of_logs_are_not_looked_for_for_ever(tmp_path):
     (tmp_path / "log.csv").write_text(f"{'a' * 60}!,b\n1,2\n")
     with pytest.raises(ValueError, match=r"columns='\(a\+\)\+\$' repeats what can match"):
         oc.History.from_csv(tmp_path / "log.csv", columns="(a+)+$")
+    with pytest.raises(TypeError, match=r"columns=re.compile\(b'\(b\)'\) is of type bytes\. Pass a str\."):
+        oc.History.from_csv(tmp_path / "log.csv", columns=re.compile(b"(b)"))
 
 
 @pytest.mark.parametrize("pattern", HARMLESS)
@@ -188,6 +210,29 @@ def test_patterns_that_do_not_are_taken(pattern):
 def test_what_the_compiler_refuses_is_one_error(pattern):
     with pytest.raises(ValueError, match=r"^groups.regex: the pattern .* does not compile: .* Mend it\."):
         oc.groups.regex({"x": pattern})
+
+
+def test_without_the_parser_whatever_compiles_is_taken(monkeypatch):
+    """It is private to Python: one that lacks it can import the package, and use its patterns."""
+    monkeypatch.setitem(sys.modules, "re._parser", None)
+    spec = importlib.util.spec_from_file_location("without", _patterns.__file__)
+    without = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(without)
+    assert without.compiled("here", "it", "(a+)+$").search("a")
+    with pytest.raises(ValueError, match=r"^here: it does not compile: "):
+        without.compiled("here", "it", "[")
+
+
+def test_what_a_later_parser_adds_may_be_anything(monkeypatch):
+    """A part that is not known may begin with any character, or be empty."""
+    known = _patterns.parse
+    monkeypatch.setattr(_patterns, "parse", lambda *args: [("NEW", 1), *known(*args)])
+    assert _patterns.compiled("here", "it", "(?:ab?)*c")
+    monkeypatch.setattr(
+        _patterns, "parse", lambda *args: [("MAX_REPEAT", (0, 99, [*known(*args), ("NEW", None)]))]
+    )
+    with pytest.raises(ValueError, match="repeats what can match"):
+        _patterns.compiled("here", "it", "ab?")
 
 
 @contextlib.contextmanager
@@ -241,6 +286,101 @@ def test_what_is_taken_ends(pieces):
     with within(20):
         for path in PATHS:
             found.search(path)
+
+
+MANY = [chr(0x4E00 + k) for k in range(1000)]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "".join(f"(?:{c}b)?" for c in MANY),
+        f"(?:{'b|'.join(MANY)})*",
+        "".join(f"(?:{c}" for c in MANY[:150]) + ")*" * 150,
+        "".join(f"(?:{c}b|" for c in MANY[:150]) + "a" + ")" * 150 + "*",
+        "[a-z]+/" * 1000,
+    ],
+    ids=["optional", "choices", "loops in loops", "choices in choices", "long"],
+)
+def test_long_and_deep_patterns_are_looked_through_once(pattern):
+    """The check itself takes no exponential time."""
+    with within(20):
+        assert _patterns.compiled("here", "it", pattern)
+
+
+TIMES = {"*": (0, 99), "+": (1, 99), "?": (0, 1), "{0,3}": (0, 3), "{9}": (9, 9)}
+ONE = ["a", "b", "A", "é", "ß", ".", "/", "[^a]", "[ab]", "[^ab]", "[@-B]", "[à-ü]", r"\w", r"\W", r"\d", "1"]
+TEXTS = ["a", "b", "A", "é", "ß", "/", "1", "ab", "Aa", "aé", "ßa", "aab", "a/"]
+
+
+def some(random, depth):
+    """A pattern as a tree: a set of characters, two in a row, a choice of two, or how often one comes."""
+    kind = random.choice(["one", "then", "or", *TIMES]) if depth else "one"
+    if kind == "one":
+        return random.choice(ONE)
+    return kind, *(some(random, depth - 1) for _ in range(1 if kind in TIMES else 2))
+
+
+def shown(tree):
+    if isinstance(tree, str):
+        return tree
+    kind, *parts = map(shown, tree)
+    if kind == "then":
+        return "".join(parts)
+    return f"(?:{parts[0]}){kind}" if kind in TIMES else f"(?:({parts[0]})|({parts[1]}))"
+
+
+def ends(tree, text, at, flags, steps):
+    """Where a match may end, in the order in which one tries again; each try takes a step."""
+    if next(steps, None) is None:
+        raise TimeoutError
+
+    def again(part, count, at):
+        least, most = TIMES[tree[0]]
+        if count < most:
+            for end in ends(part, text, at, flags, steps):
+                if end > at or count < least:
+                    yield from again(part, count + 1, end)
+        if count >= least:
+            yield at
+
+    if isinstance(tree, str):
+        yield from [at + 1] if at < len(text) and re.fullmatch(tree, text[at], flags) else []
+    elif tree[0] in TIMES:
+        yield from again(tree[1], 0, at)
+    elif tree[0] == "or":
+        for part in tree[1:]:
+            yield from ends(part, text, at, flags, steps)
+    else:
+        for middle in ends(tree[1], text, at, flags, steps):
+            yield from ends(tree[2], text, middle, flags, steps)
+
+
+def is_long(tree, flags):
+    """Whether all that a failing match tries is more than a loop without open choices would."""
+    try:
+        for text in TEXTS:
+            list(ends(tree, (text * 30)[:30], 0, flags, iter(range(30000))))
+    except TimeoutError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("flags", [0, re.IGNORECASE, re.ASCII, re.IGNORECASE | re.ASCII])
+def test_loops_that_are_taken_try_few_ways(flags):
+    """Counted, by a matcher that tries what Python's does; many of those refused try too many."""
+    random = Random(int(flags))
+    taken = refused = 0
+    while taken < 150:
+        tree = ("*", some(random, 4))
+        try:
+            _patterns.compiled("here", "it", re.compile(f"^{shown(tree)}!$", flags))
+        except ValueError:
+            refused += refused < 20 and is_long(tree, flags)
+        else:
+            taken += 1
+            assert not is_long(tree, flags), shown(tree)
+    assert refused == 20
 
 
 # Files.
