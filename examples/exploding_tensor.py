@@ -209,8 +209,9 @@ def main(
     the embeddings' gradient is larger by the scale, and a step beside their weights by its square.
 
     All policies start from the same weights and see the same batches. Global clipping allows C in all, one
-    limit for tensors that need it and for those that do not; layerwise clipping allows C/√G for each of G layers. The third is
-    what optaxclip advises from a recording of the run without clipping: to clip the one tensor alone.
+    limit for tensors that need it and for those that do not; layerwise clipping allows C/√G for each of G
+    layers. The third is what optaxclip advises from a recording of the run without clipping: to clip the one
+    tensor alone.
     """
     setting, console = Setting(scale, learning_rate, steps, limit, seeds), Console()
     check(output, scale=scale, learning_rate=learning_rate, limit=limit)

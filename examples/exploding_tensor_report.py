@@ -90,8 +90,8 @@ def conclusion(results: dict[str, Result], advice: oc.Advice) -> str:
     if advice.policy != "outliers":
         return f"The advice is {advice.policy!r}: to clip no tensor alone. It {beside}."
     return (
-        f"With one limit for all, global clipping leaves every other tensor {results['global'].others:.0%} of "
-        f"its gradient. The advice is to clip the one tensor alone. It leaves the others "
+        f"With one limit for all, global clipping leaves the others {results['global'].others:.0%} of their "
+        f"gradients. The advice is to clip the one tensor alone. It leaves the others "
         f"{advised.others:.0%}, and {beside}."
     )
 

@@ -99,7 +99,9 @@ def decide(rule: Limit, rule_state: PyTree, found: Measured, context: Context, o
     """What the limit and the response make of norms: all that an update and its replay have in common."""
     norm = found.norm
     limit, rule_state = rule.update(norm, rule_state, context)
-    limit = jnp.maximum(_per_row(limit, context.table).astype(norm.dtype), _mesh.zeros_like(norm))
+    limit = jnp.maximum(
+        _per_row(options.split.where, limit, context.table).astype(norm.dtype), _mesh.zeros_like(norm)
+    )
     made = factors(found, limit, options.response, options.eps)
     finite = jnp.isfinite(norm)
     usable = finite & ~jnp.isnan(limit)
@@ -171,13 +173,13 @@ def _scaled(
     return leaves
 
 
-def _per_row(limit: jax.Array, table: Table) -> jax.Array:
+def _per_row(where: str, limit: jax.Array, table: Table) -> jax.Array:
     rows = len(table.names)
     if limit.size == 1:
         limit = limit.reshape(())
     elif limit.shape != (rows,):
         raise ValueError(
-            f"rescale_by_norm: the limit has shape {limit.shape} for {rows} rows of groups, "
+            f"{where}: the limit has shape {limit.shape} for {rows} rows of groups, "
             f"{_checks.listed(table.names)}. Pass one number, one per row, or limits.per_group."
         )
     return jnp.broadcast_to(limit, (rows,))

@@ -1,5 +1,6 @@
 """Error feedback: what a clip cuts off is added to the next update."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import optax
 from optaxclip import _checks, norms as _norms, responses as _responses
 from optaxclip._apply import Options, apply, checked, measured, table_of
 from optaxclip._base import PyTree
-from optaxclip._partition import Partition, partition
+from optaxclip._partition import Leaf, Partition, named_leaves, partition
 from optaxclip._split import AxisName
 from optaxclip.groups import whole
 from optaxclip.limits import as_limit
@@ -89,6 +90,10 @@ def carry_clipped(
     clip = transformation(WHERE, inner_clip)
     if bound is not None:
         _checks.nonnegative(WHERE, bound=bound)
+        if jnp.shape(bound):
+            raise ValueError(
+                f"{WHERE}: bound has shape {jnp.shape(bound)}. Pass one number: it is for the whole buffer."
+            )
     options = checked(WHERE, whole(), _norms.l2(), _responses.clip(), 0.0, "propagate", axis_name, specs)
 
     def init(params: PyTree) -> CarryState:
@@ -103,7 +108,7 @@ def carry_clipped(
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
         part = partition(options.groups, updates)
         buffer, treedef = jax.tree.flatten(state.buffer)
-        _check(part, buffer)
+        _check(part, named_leaves(state.buffer))
         step = jnp.asarray(optax.safe_increment(state.step))
         if not part.table.names:
             out, inner = clip.update(updates, state.inner, params, **extra_args)
@@ -159,9 +164,14 @@ def _narrow(wide: jax.Array, dtype: Any) -> jax.Array:
     return jnp.where(jnp.isfinite(wide), jnp.clip(wide, -most, most), wide).astype(dtype)
 
 
-def _check(part: Partition, buffer: list[jax.Array]) -> None:
+def _check(part: Partition, buffer: Sequence[Leaf]) -> None:
     _checks.same_rows(WHERE, part.paths, (len(buffer),), "leaves")
     for path, leaf, kept, place in zip(part.paths, part.leaves, buffer, part.places, strict=True):
+        if path != kept.path:
+            raise ValueError(
+                f"{WHERE}: the update has leaf {path!r} where the buffer has {kept.path!r}. Pass updates "
+                "with the structure that `init` was given."
+            )
         if place is not None and leaf.shape != kept.shape:
             raise ValueError(
                 f"{WHERE}: the update's leaf {path!r} has shape {leaf.shape}, the buffer has shape "

@@ -10,7 +10,7 @@ import optax
 
 from optaxclip import _layouts, _mesh, groups as _groups
 from optaxclip._base import Leaf, PyTree
-from optaxclip._partition import Place, is_grouped, named_leaves, partition
+from optaxclip._partition import Place, partition
 from optaxclip._read import times, widen
 from optaxclip._split import AxisName, axes_of, told
 from optaxclip._walk import across, number, real_dtype, together
@@ -92,9 +92,10 @@ def centralize(
         return tuple(a % rank for a in axes)
 
     def init(params: PyTree) -> optax.EmptyState:
-        for leaf in named_leaves(params):
-            if is_grouped(leaf):
-                mean_over(leaf)
+        part = partition(_groups.whole(), params)
+        for leaf, path, place in zip(part.leaves, part.paths, part.places, strict=True):
+            if place is not None:
+                mean_over(Leaf(path, (), leaf))
         return optax.EmptyState()
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):

@@ -45,6 +45,7 @@ def by_device(
     kept = [tuple(names[axis] for axis in _kept(block)) for block, names in zip(blocks, along, strict=True)]
     splits = [_joined(block.split, names) for block, names in zip(blocks, along, strict=True)]
     scales = [_scale_of(block) for block in blocks]
+    told = any(block.laid for block in blocks)  # then specs name all axes that split them
     of_scales = [names if scale.ndim else () for scale, names in zip(scales, kept, strict=True)]
 
     def own(arrays: Sequence[jax.Array], scales: Sequence[jax.Array]) -> jax.Array:
@@ -56,9 +57,10 @@ def by_device(
             placed = [_placed(of([part]), part, places.get(id(part))) for part in some]
             return jnp.concatenate(placed) if len(placed) > 1 else placed[0]
 
-        return run(merged(parts, _whole), measured)
+        return run(merged(parts, lambda part: told or _whole(part)), measured)
 
-    mesh = next(jax.typeof(block.array).sharding.mesh for block in blocks if _mesh.has_mesh(block.array))
+    mesh = _mesh.mesh_of(block.array for block in blocks)
+    assert mesh is not None  # of which the axes are
     mapped = jax.shard_map(
         own,
         mesh=mesh,
@@ -77,7 +79,7 @@ def _along(block: Block) -> Along:
     if not _mesh.has_mesh(x):
         return laid
     sharding = jax.typeof(x).sharding
-    kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+    kinds = _mesh.kinds_of(sharding.mesh)
     parts = _mesh.axes_by_dimension(sharding.spec)
     parts += ((),) * (x.ndim - len(parts))
     typed = (tuple(name for name in part if kinds.get(name) == AxisType.Explicit) for part in parts)

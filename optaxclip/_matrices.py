@@ -154,7 +154,13 @@ def _views(where: str, axes: Axes) -> Callable[[Partition], dict[int, View]]:
         rank = len(leaf.shape)
         if rank < 2:
             return None
-        own = next((own for pattern, own in rules if pattern.search(leaf.path)), None) or (-1,)
+        own = next((own for pattern, own in rules if pattern.search(leaf.path)), None)
+        own = (-1,) if own is None else own
+        if not own:
+            raise ValueError(
+                f"{where}: no axis of leaf {leaf.path!r}, of shape {leaf.shape}, is an output. Name one at "
+                "least."
+            )
         for axis in own:
             if not -rank <= axis < rank:
                 raise ValueError(

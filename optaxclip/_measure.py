@@ -1,4 +1,4 @@
-"""Norms of groups, right for finite entries from 1e-38 to 3e38, in one read of ordinary updates.
+"""Norms of groups, right for finite entries from 3e-29 to 3e38, and for smaller ones where all are small.
 
 Entries are multiplied by a power of two before they are squared, one at which neither ordinary nor zero
 entries call for a second reading; only if a group overflows, or the whole update is tiny, a loop reads it

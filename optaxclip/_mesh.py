@@ -61,13 +61,14 @@ def barrier(arrays: Sequence[jax.Array], scale: jax.Array) -> tuple[list[jax.Arr
     return passed, scales
 
 
-def automatic_axes(arrays: Iterable[jax.Array]) -> dict[str, int]:
-    """The automatic axes, with their sizes, of the mesh that the types of some arrays know."""
-    mesh = next((jax.typeof(x).sharding.mesh for x in arrays if has_mesh(x)), None)
-    if mesh is None:
-        return {}
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
+def mesh_of(arrays: Iterable[jax.Array]) -> AbstractMesh | None:
+    """The mesh that the types of some arrays know; None if they know of none."""
+    return next((jax.typeof(x).sharding.mesh for x in arrays if has_mesh(x)), None)
+
+
+def kinds_of(mesh: AbstractMesh | None) -> dict[str, AxisType]:
+    """The kinds of a mesh's axes."""
+    return {} if mesh is None else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
 
 
 def tracked_axes(axes: Iterable[str]) -> frozenset[str]:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -93,34 +93,44 @@ def scale(
       drop: whether a factor of 0 makes zeros of entries that are not finite.
       dtype: what comes out, complex where a leaf is; by default the leaf's own.
     """
-    single = [k for k, place in enumerate(places) if not place.axes]
-    pairs = jnp.stack([first, then], axis=1)
-    pairs, rows = _apart(pairs, list(dict.fromkeys(places[k].first for k in single)), seed)
-    # Both are traced once for leaves that are alike.
+    counts = [
+        math.prod(leaf.shape[a] for a in place.axes) for leaf, place in zip(leaves, places, strict=True)
+    ]
+    ends = {place.first: place.first + n for place, n in zip(places, counts, strict=True) if place.axes}
+    single = list(dict.fromkeys(place.first for place in places if not place.axes))
+    pairs, rows, several = _apart(jnp.stack([first, then]), single, ends, seed)
+    # All are traced once for leaves that are alike.
     times_pair = jax.jit(functools.partial(_times, drop=drop, dtype=dtype))
     times_row = jax.jit(functools.partial(_times_row, drop=drop, dtype=dtype))
-    known = {row: (pairs[row, 0], pairs[row, 1]) for row in rows.values() if isinstance(row, int)}
+    times_rows = jax.jit(functools.partial(_times_rows, drop=drop, dtype=dtype), static_argnames="axes")
+    known = {row: (pairs[0, row], pairs[1, row]) for row in rows.values() if isinstance(row, int)}
     scaled = []
     for leaf, place in zip(leaves, places, strict=True):
-        if not place.axes:
-            row = rows[place.first]
-            by_row = times_pair(leaf, *known[row]) if isinstance(row, int) else times_row(leaf, pairs, row)
-            scaled.append(by_row)
+        if place.axes:
+            scaled.append(times_rows(leaf, several[place.first], axes=place.axes))
             continue
-        shape = tuple(leaf.shape[axis] for axis in place.axes)
-        others = tuple(axis for axis in range(leaf.ndim) if axis not in place.axes)
-        own = pairs[place.first : place.first + math.prod(shape)]
-        by_rows = [_mesh.share(own[:, k].reshape(shape), leaf, place.axes) for k in (0, 1)]
-        by_first, by_then = (jnp.expand_dims(x, others) for x in by_rows)
-        scaled.append(_times(leaf, by_first, by_then, drop, dtype))
+        row = rows[place.first]
+        by_row = times_pair(leaf, *known[row]) if isinstance(row, int) else times_row(leaf, pairs, row)
+        scaled.append(by_row)
     return scaled
 
 
 def _times_row(
     leaf: jax.Array, pairs: jax.Array, row: jax.Array, drop: bool, dtype: np.dtype | None
 ) -> jax.Array:
-    own = lax.dynamic_slice(pairs, (row, np.int32(0)), (1, 2), allow_negative_indices=False)
-    return _times(leaf, own[0, 0], own[0, 1], drop, dtype)
+    own = lax.dynamic_slice(pairs, (np.int32(0), row), (2, 1), allow_negative_indices=False)
+    return _times(leaf, own[0, 0], own[1, 0], drop, dtype)
+
+
+def _times_rows(
+    leaf: jax.Array, own: jax.Array, axes: tuple[int, ...], drop: bool, dtype: np.dtype | None
+) -> jax.Array:
+    """A leaf times a pair of factors for each index of some of its axes, `(2, indices)`."""
+    shape = tuple(leaf.shape[axis] for axis in axes)
+    others = tuple(axis for axis in range(leaf.ndim) if axis not in axes)
+    by_rows = (_mesh.share(x.reshape(shape), leaf, axes) for x in own)
+    by_first, by_then = (jnp.expand_dims(x, others) for x in by_rows)
+    return _times(leaf, by_first, by_then, drop, dtype)
 
 
 def _times(
@@ -174,9 +184,9 @@ def _(primals, tangents):
 
 
 def _apart(
-    pairs: jax.Array, rows: Sequence[int], seed: jax.Array
-) -> tuple[jax.Array, dict[int, int | jax.Array]]:
-    """The factors and the indices of rows, in a form that XLA on CPU knows nothing about.
+    pairs: jax.Array, rows: Sequence[int], ends: Mapping[int, int], seed: jax.Array
+) -> tuple[jax.Array, dict[int, int | jax.Array], dict[int, jax.Array]]:
+    """The factors, the indices of rows, and some factors by themselves, of which XLA on CPU knows nothing.
 
     It would fuse all that makes the factors into every kernel that reads from them, and with a known index no
     two of these kernels would be the same: each would be compiled. What comes out of a conditional stays
@@ -185,20 +195,24 @@ def _apart(
     pairs = _mesh.replicate(pairs)
     few = len(rows) <= FEW
 
+    def parts(pairs: jax.Array) -> list[jax.Array]:
+        return [pairs[:, start:end] for start, end in ends.items()]
+
     def opaque(pairs, seed):
         number = functools.partial(_mesh.typed_like, like=pairs)
 
-        def known() -> tuple[jax.Array, list[Any]]:
-            return pairs, [] if few else [number(np.int32(row)) for row in rows]
+        def known() -> tuple[jax.Array, list[Any], list[jax.Array]]:
+            return pairs, [] if few else [number(np.int32(row)) for row in rows], parts(pairs)
 
-        def never() -> tuple[jax.Array, list[Any]]:
-            return number(jnp.zeros_like(pairs)), [] if few else [number(np.int32(0))] * len(rows)
+        def never() -> tuple[jax.Array, list[Any], list[jax.Array]]:
+            none = number(jnp.zeros_like(pairs))
+            return none, [] if few else [number(np.int32(0))] * len(rows), parts(none)
 
         return lax.cond(seed != -1, known, never)
 
     def plain(pairs, seed):
         del seed
-        return pairs, [] if few else [jnp.int32(row) for row in rows]
+        return pairs, [] if few else [jnp.int32(row) for row in rows], parts(pairs)
 
-    pairs, indices = lax.platform_dependent(pairs, seed, cpu=opaque, default=plain)
-    return pairs, dict(zip(rows, rows if few else indices, strict=True))
+    pairs, indices, own = lax.platform_dependent(pairs, seed, cpu=opaque, default=plain)
+    return pairs, dict(zip(rows, rows if few else indices, strict=True)), dict(zip(ends, own, strict=True))

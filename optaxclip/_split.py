@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from optaxclip import _checks, _mesh, _paths
 from optaxclip._base import PyTree
@@ -37,14 +37,17 @@ class Split(NamedTuple):
         return self._named()
 
     def manual(self, leaves: Sequence[Any]) -> Axes:
-        """Those of `axes` that are not automatic ones."""
-        automatic = self.automatic(leaves)
-        return tuple(axis for axis in self.axes if axis not in automatic)
+        """Those of `axes` that are manual, as all are that no mesh is known of."""
+        named, kinds = self._named(), _mesh.kinds_of(_mesh.mesh_of(leaves))
+        other = {axis for axis in named if kinds.get(axis, AxisType.Manual) != AxisType.Manual}
+        return tuple(axis for axis in self.axes if axis not in other)
 
     def automatic(self, leaves: Sequence[Any]) -> dict[str, int]:
         """The axes that `specs` name and that are automatic ones of the leaves' mesh, with their sizes."""
-        named = self._named()
-        return {axis: n for axis, n in _mesh.automatic_axes(leaves).items() if axis in named} if named else {}
+        mesh = _mesh.mesh_of(leaves)
+        kinds = _mesh.kinds_of(mesh)
+        named = (axis for axis in self._named() if kinds.get(axis) == AxisType.Auto)
+        return {} if mesh is None else {axis: mesh.shape[axis] for axis in named}
 
     def _named(self) -> Axes:
         return tuple(dict.fromkeys(axis for spec in (self.specs or {}).values() for axis in named_in(spec)))

@@ -358,6 +358,11 @@ ERRORS = [
         "carry_clipped: bound is '1', of type str. Pass a",
     ),
     (
+        lambda: oc.carry_clipped(CLIP, bound=jnp.ones(2)),
+        ValueError,
+        "carry_clipped: bound has shape (2,). Pass one number: it is for the whole buffer.",
+    ),
+    (
         lambda: oc.carry_clipped(1.0),
         TypeError,
         "carry_clipped: inner is of type float. Pass a transformation of Optax.",
@@ -371,6 +376,11 @@ ERRORS = [
         init_and_update({"a": PARAMS["a"], "b": jnp.zeros(4)}),
         ValueError,
         "carry_clipped: the update's leaf 'b' has shape (4,), the buffer has shape (2, 2) there. Pass updat",
+    ),
+    (
+        init_and_update({"a": PARAMS["a"], "c": PARAMS["b"]}),
+        ValueError,
+        "carry_clipped: the update has leaf 'c' where the buffer has 'b'. Pass updates with the structure",
     ),
 ]
 

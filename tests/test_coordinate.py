@@ -481,7 +481,7 @@ ERRORS = [
         "centralize: axis 2 is out of range at leaf 'w', which has shape (2, 2). Pass axes by pattern.",
     ),
     (
-        lambda: oc.centralize().init({"w": jnp.ones((1,) * 7)}),
+        lambda: oc.centralize().init({"a": 5.0, "w": jnp.ones((1,) * 7)}),
         "centralize: leaf 'w' has rank 7, shape (1, 1, 1, 1, 1, 1, 1); the default knows ranks 0 to 6.",
     ),
     (

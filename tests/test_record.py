@@ -109,6 +109,36 @@ def test_float64_updates_come_out_as_they_are_and_are_measured_in_float64():
         assert state.nonfinite.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("groups", [oc.groups.leaf(), oc.groups.layer(), oc.groups.whole(), oc.groups.unit()])
+def test_counts_are_right_where_64_bits_are_switched_on(groups):
+    """Counts stay int32, however many leaves and axes they are added up over."""
+    with enable_x64(True):
+        grads = {f"layer_{k}": {"w": np.ones((30, 200), np.float32), "b": np.ones(5)} for k in range(11)}
+        grads["layer_10"]["w"][3, :7] = np.nan
+        grads["layer_2"]["b"][1] = np.inf
+        grads = jax.tree.map(jnp.asarray, grads)
+        tx = oc.record(groups, capacity=2)
+        _, state = jax.jit(tx.update)(grads, tx.init(grads))
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(grads))
+        assert int(state.entries.sum()) == 8
+
+
+FLOATS = ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e5m2fnuz"]
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, "complex64", "complex128"])
+def test_what_is_not_finite_is_counted_in_every_dtype(dtype):
+    """As NumPy counts it: by bits, but some dtypes have no infinity, and numbers where others have it."""
+    with enable_x64(True):
+        values = np.array([[0.0, -0.0, 1.0, 288.0, 384.0], [np.nan, np.inf, -np.inf, 65504.0, 1e-8]])
+        x = jnp.asarray(values).astype(dtype)
+        if jnp.iscomplexobj(x):
+            x = x.at[0, 1].set(1 + 1j * jnp.inf).at[1, 0].set(jnp.nan + 1j * jnp.nan)
+        tx = oc.record(capacity=2)
+        _, state = jax.jit(tx.update)({"w": x}, tx.init({"w": x}))
+        assert int(state.entries[0]) == int((~jnp.isfinite(x)).sum()) > 0
+
+
 # --- norms --------------------------------------------------------------------------------------------------
 
 GROUPS = {

@@ -524,6 +524,20 @@ def test_specs_that_do_not_fit_a_leaf_under_jit_are_an_error(specs, text):
         jax.jit(tx.update)(grads, tx.init(grads))
 
 
+@pytest.mark.parametrize("axes", [(AxisType.Explicit,) * 2, (AxisType.Explicit, AxisType.Auto)], ids=str)
+def test_specs_beside_explicit_axes_change_nothing(axes):
+    """Types tell of explicit axes anyway; what specs say of automatic ones is used."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=axes, devices=jax.devices("cpu"))
+    tx, grads = METHODS["unit"](specs=LAYOUTS["mixed"]), put(GRADS, mesh, LAYOUTS["mixed"])
+    if OLD_JAX and AxisType.Auto in axes:
+        pytest.skip("JAX 0.7 cannot constrain shardings where only some axes are manual")
+    compiled = jax.jit(tx.update).lower(grads, tx.init(grads)).compile()
+    expected = on_one_device("unit")(GRADS, METHODS["unit"]().init(PARAMS), PARAMS)
+    assert_same(compiled(grads, tx.init(grads)), expected)
+    assert len(collectives(compiled)["all-reduce"]) == AXIS_SETS["mixed"]
+    assert set(collectives(compiled)) == {"all-reduce"}
+
+
 def test_methods_that_leave_it_to_the_compiler_take_specs_under_jit():
     """What measures no groups, or whole matrices, is as right with specs as without."""
     layout = {"w": P("data", "model"), "b": P("model")}

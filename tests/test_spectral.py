@@ -570,6 +570,10 @@ VALUES = [
         "clip_by_spectral_norm: all axes of leaf 'w', of shape (7, 3), are outputs. Leave one of them for",
     ),
     (
+        lambda: CLIP(1.0, axes=()).init(PLAIN),
+        "clip_by_spectral_norm: no axis of leaf 'w', of shape (7, 3), is an output. Name one at least.",
+    ),
+    (
         lambda: CLIP(1.0).update(TREE, CLIP(1.0).init(PLAIN)),
         "clip_by_spectral_norm: the tree has 7 matrices, 'bias', 'conv', 'layers/bias', 'layers/kernel', "
         "'scale', 'tall', 'wide'; `init` saw 2. Pass updates with the structure that `init` was given.",
