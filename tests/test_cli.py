@@ -192,6 +192,8 @@ FORMS = {
     "leafwise:0.5": (0.5, oc.groups.leaf()),
     "depth:1:0.5": (0.5, oc.groups.depth(1)),
     "regex:a/(?:w|v):0.5": (0.5, oc.groups.regex({"x": "a/(?:w|v)", None: ".*"})),
+    r"regex:^(a)/\w$:0.5": (0.5, oc.groups.regex({"x": "^a/", None: ".*"})),
+    r"tight = regex:(\w)/\1|b\b:0.5": (0.5, oc.groups.regex({"x": "b", None: ".*"})),
     "tight = regex:b:0.5": (0.5, oc.groups.regex({"x": "b", None: ".*"})),
     "autoclip:20": (oc.autoclip(20.0), None),
     "zclip:2": (oc.zclip(z=2.0), None),
