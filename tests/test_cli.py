@@ -277,6 +277,13 @@ def test_bad_files_get_one_line(files, tmp_path):
             assert "unexpected" not in found.stderr
 
 
+def test_a_log_may_begin_as_a_zip_does(files):
+    """The letters PK are the name of a column."""
+    path = files / "pk.csv"
+    path.write_text("PK,step,grad_norm/a\n1,0,3\n1,1,4\n")
+    assert parsed("show", path)["whole"]["largest"] == 4
+
+
 @pytest.mark.parametrize("option", ["--columns", "--step", "--loss"])
 def test_an_unknown_column_is_named_among_the_known(files, option):
     """In one line."""

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 import optaxclip
 from optaxclip.history import History, _tables
 
+ZIP = b"PK\x03\x04", b"PK\x05\x06"  # how a zip begins, and one that holds nothing
 BIG = 2**23  # bytes of a log that take about a second to read
 WIDE = 96  # characters of a line of prose, at most
 
@@ -76,7 +77,7 @@ def read(
 
 def kind_of(file: Path, start: bytes) -> Literal["npz", "jsonl", "csv"]:
     """What a file is by its first bytes, and by its name where these leave it open."""
-    if start.startswith(b"PK") or file.suffix == ".npz":
+    if start.startswith(ZIP) or file.suffix == ".npz":
         return "npz"
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
     if b"\0" in start or not text:
