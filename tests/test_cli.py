@@ -368,6 +368,15 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
     assert capsys.readouterr().err == "optaxclip: there is no typer. pip install 'optaxclip[cli]'\n"
 
 
+@pytest.mark.parametrize("name", ["x.png", "x.html"])
+def test_a_plot_without_matplotlib_says_what_to_install(files, tmp_path, monkeypatch, name):
+    """In one line, with the exit code of a missing package."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    found = run("plot", files / "run.npz", "-o", tmp_path / name, code=2)
+    assert found.stderr.startswith("optaxclip: History.plot: there is no matplotlib. Install it: pip install")
+    assert found.stderr.count("\n") == 1
+
+
 @pytest.fixture
 def examples(monkeypatch):
     """The modules of the folder, under the promotion rules that a user has."""

@@ -12,7 +12,7 @@ import optaxclip
 from optaxclip import _checks
 from optaxclip._cli import _policies
 from optaxclip._cli._terminal import as_json, plainly, print_advice, print_comparison, read, stdout
-from optaxclip.history import _tables
+from optaxclip.history import _plot, _tables
 
 EXAMPLES = """
 **Files.** A recording saved by `history.save("run.npz")`, or a log of norms from any framework, PyTorch
@@ -140,9 +140,7 @@ def plot(
 
     `optaxclip plot run.npz -o norms.png --limit 1 --limit 5`
     """
-    from matplotlib.figure import Figure
-
-    kinds = [*Figure().canvas.get_supported_filetypes(), "html"]
+    kinds = [*_plot.formats(), "html"]
     kind = output.suffix.removeprefix(".").lower()
     if kind not in kinds:
         raise typer.BadParameter(

@@ -40,8 +40,10 @@ def plainly(command: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:
             name = f"{os.fspath(error.filename)!r}: " if error.filename else ""
             _fail(f"{name}{error.strerror or error}")
-        except (ValueError, TypeError, ImportError) as error:
+        except (ValueError, TypeError) as error:
             _fail(str(error))
+        except ImportError as error:
+            _fail(str(error), code=2)
         except Exception as error:  # nobody wants to read a traceback
             _fail(f"unexpected {type(error).__name__}: {error}")
 
@@ -49,9 +51,9 @@ def plainly(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 1) -> None:
     print(f"optaxclip: {_tables.printable(' '.join(message.split()))}", file=sys.stderr)
-    raise typer.Exit(1)
+    raise typer.Exit(code)
 
 
 def read(
