@@ -149,7 +149,7 @@ def plot(
     history = read(file, columns, step, loss, norm, groups)
     said = history.advise(budget, optimizer, learning_rate) if advice else None
     if kind == "html":
-        history.to_html(output, said)
+        history.to_html(output, said, limits=limit)
     else:
         history.plot(limit, said).savefig(output)
     if json:

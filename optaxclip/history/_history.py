@@ -479,7 +479,7 @@ class History:
 
         return _plot.figure(self, limits, advice)
 
-    def to_html(self, path: str | os.PathLike, advice: Any = None) -> None:
+    def to_html(self, path: str | os.PathLike, advice: Any = None, *, limits: Any = None) -> None:
         """Writes one file to send to a colleague: the figure, the table, and the advice with its code.
 
         The page loads nothing from elsewhere and runs no scripts. An existing file is replaced.
@@ -487,11 +487,13 @@ class History:
         Args:
           path: the file to write.
           advice: what `advise` said; left out by default.
+          limits: limits of the whole norm to draw, as in `plot`.
 
         Raises:
           ImportError: without Matplotlib, which `pip install 'optaxclip[plot]'` brings.
           OSError: if the file cannot be written.
+          ValueError: if a limit is negative or NaN, or has another shape.
         """
         from optaxclip.history import _html
 
-        _html.write(self, path, advice)
+        _html.write(self, path, advice, limits)
