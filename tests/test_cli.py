@@ -169,6 +169,25 @@ def test_without_policies_those_of_the_advice_are_compared(files, history):
     ]
 
 
+CALM = np.exp(0.5 * np.random.default_rng(2).standard_normal((300, 1)))
+UNWEIGHED = {
+    "short": (CALM[:20], "The recording has 20 steps, 20 with a norm that is finite"),
+    "clipped": (np.minimum(CALM, 1), "these updates have been clipped or normalised already"),
+    "ended": ([*CALM[:20], [np.inf]], "Too few recorded steps are ordinary"),
+}
+
+
+@pytest.mark.parametrize("kind", UNWEIGHED)
+def test_without_policies_it_is_said_why_none_can_be_chosen(tmp_path, kind):
+    """For the reason that the advice has; policies of one's own are compared all the same."""
+    norms, why = UNWEIGHED[kind]
+    oc.History(["w"], norms).save(tmp_path / "run.npz")
+    said = " ".join(run("compare", tmp_path / "run.npz", code=2).stderr.replace("│", " ").split())
+    assert why in said
+    assert "Or pass policies." in said.partition(why)[2]
+    run("compare", tmp_path / "run.npz", "-p", "global:1")
+
+
 @pytest.mark.parametrize("name", ["norms.png", "norms.svg", "norms.html"])
 def test_the_figure_is_written(files, tmp_path, name):
     """In the format of its name; a page has the advice too."""
