@@ -188,6 +188,19 @@ def test_without_policies_it_is_said_why_none_can_be_chosen(tmp_path, kind):
     run("compare", tmp_path / "run.npz", "-p", "global:1")
 
 
+def test_a_recording_without_groups_is_looked_at_like_any_other(tmp_path):
+    """As of a tree of integers, of which nothing is measured."""
+    tx, tree = oc.record(capacity=2), {"ids": np.arange(3)}
+    path = tmp_path / "run.npz"
+    oc.History.from_state(tx.update(tree, tx.init(tree))[1], tree).save(path)
+    assert parsed("show", path)["groups"] == []
+    assert "The recording has no groups" in run("advise", path).stdout
+    assert "The recording has no groups" in run("compare", path, code=2).stderr
+    assert len(parsed("compare", path, "-p", "leafwise:1")["policies"]) == 1
+    for name in ("x.png", "x.html"):
+        run("plot", path, "-o", tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["norms.png", "norms.svg", "norms.html"])
 def test_the_figure_is_written(files, tmp_path, name):
     """In the format of its name; a page has the advice too."""
