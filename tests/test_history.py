@@ -206,7 +206,7 @@ def test_the_whole_norm_is_that_of_the_rows_together(norm):
 
 
 TWO = ["a", "b"]
-STEPS = "^History: steps must be whole numbers from 0 on, each larger than the one before"
+STEPS = "^History: steps must be whole numbers from 0 to 9007199254740991, each larger than the one before"
 ONE_STEP = [[1.0, 2.0]]
 
 
@@ -240,6 +240,10 @@ ONE_STEP = [[1.0, 2.0]]
         (lambda: oc.History(TWO, ONE_STEP, steps=[-1]), ValueError, STEPS),
         (lambda: oc.History(TWO, ONE_STEP, steps=[0.5]), ValueError, STEPS),
         (lambda: oc.History(TWO, ONE_STEP, steps=[np.nan]), ValueError, STEPS),
+        (lambda: oc.History(TWO, ONE_STEP * 2, steps=[np.inf, np.inf]), ValueError, STEPS),
+        (lambda: oc.History(TWO, ONE_STEP, steps=[1e30]), ValueError, STEPS),
+        (lambda: oc.History(TWO, ONE_STEP, steps=[2**53]), ValueError, STEPS),
+        (lambda: oc.History(TWO, ONE_STEP, steps=[2**53 + 1]), ValueError, STEPS),
         (lambda: oc.History(["a", "a"], ONE_STEP), ValueError, r"^History: 'a' is the name of several rows"),
         (
             lambda: oc.History(TWO, ONE_STEP, norm="l3"),

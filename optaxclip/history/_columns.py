@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from optaxclip import _checks, _patterns
+from optaxclip.history._recording import LAST_STEP
 from optaxclip.history._rows import norm_called
-from optaxclip.history._store import LAST_STEP
 
 STEPS = ("step", "global_step", "_step", "iteration", "trainer/global_step")
 LOSSES = ("loss", "train/loss", "train_loss")

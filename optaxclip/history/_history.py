@@ -83,7 +83,7 @@ class History:
         Args:
           names: the path of each leaf, its keys joined with `/`, or a tuple of the keys.
           norms: the norm of each leaf at each step, `(steps, leaves)`.
-          steps: the number of each update; by default from 0 on.
+          steps: the number of each update, below 2**53; by default from 0 on.
           loss: the loss of each, `(steps,)`.
           params: the norms of the parameters, `(steps, leaves)`.
           start: the norms of the parameters at the start, `(leaves,)`.
@@ -92,8 +92,8 @@ class History:
 
         Raises:
           TypeError: if an array holds no numbers.
-          ValueError: if shapes do not fit, a norm is negative, steps do not ascend, a name comes twice, or
-            there is no such norm.
+          ValueError: if shapes do not fit, a norm is negative, steps do not ascend or are too large, a name
+            comes twice, or there is no such norm.
         """
         keys = [tuple(name.split("/")) if isinstance(name, str) else tuple(name) for name in names]
         rows = tuple(Row("/".join(own), (Source(own),)) for own in keys)

@@ -21,9 +21,6 @@ FORMAT, VERSION = "optaxclip.History", 1
 # object of 64 in a list), and are made before they can be counted; three more times is the text itself.
 OBJECTS = 27
 
-# An integer of float64's, which steps are checked in.
-LAST_STEP = 2**53
-
 
 class _Form(NamedTuple):
     """What an array must be: `f` float64, `i` int32 or int64; and what its axes count."""
@@ -143,8 +140,6 @@ def _read(archive: zipfile.ZipFile, max_bytes: int, make: Callable[..., Any]) ->
         array = arrays[key] = _npz.read(archive, info, form.kind, len(form.axes))
         if any(lengths.setdefault(axis, n) != n for axis, n in zip(form.axes, array.shape, strict=True)):
             raise ValueError(f"{key!r} has shape {array.shape}, which does not fit the rest")
-    if (arrays["steps"] > LAST_STEP).any():
-        raise ValueError(f"a step is larger than {LAST_STEP}")
     given = {key: arrays.get(key) for key in ("steps", *OPTIONAL)}
     if run is not None:
         given["run"] = _run_of(run, arrays, lengths)
