@@ -1,6 +1,7 @@
 """A recording's rows, its errors, and how finer recordings become coarser ones."""
 
 import functools
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +135,21 @@ def test_regrouping_twice_equals_regrouping_once():
 def test_what_was_recorded_as_one_cannot_be_divided(fine, coarse, text):
     with pytest.raises(ValueError, match=text):
         recorded(fine, "l2", GRADS).regroup(coarse)
+
+
+def test_groups_finer_than_the_recording_are_refused_before_they_are_listed():
+    """A leaf may have any number of units: the error takes no memory for each."""
+    state = oc.record(capacity=1).init({"w": np.ones(1, np.float32)})
+    history = oc.History.from_state(state, {"w": jax.ShapeDtypeStruct((10**5, 3), np.float32)})
+    for call in (history.regroup, lambda groups: history.replay(1.0, groups)):
+        tracemalloc.start()
+        try:
+            with pytest.raises(ValueError, match="each index of axis 0 of leaf 'w'; row 'w' was recorded as"):
+                call(oc.groups.unit(1))
+            _, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert most < 2**20
 
 
 def test_groups_by_shape_need_shapes():

@@ -90,10 +90,14 @@ def refused(tmp_path, data, match, **options):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("groups", ["leaf", "layer", "whole", "unit"])
+GROUPS = {name: getattr(oc.groups, name)() for name in ("leaf", "layer", "whole", "unit")}
+GROUPS["stacked unit"] = oc.groups.stacked(oc.groups.unit(), "kernel")
+
+
+@pytest.mark.parametrize("groups", GROUPS)
 def test_recordings_come_back_to_the_bit(tmp_path, groups):
     """With the rows, their leaves, shapes and indices, the norms of parameters and the whole run."""
-    history = recorded(getattr(oc.groups, groups)(), params=True)
+    history = recorded(GROUPS[groups], params=True)
     assert history.run is not None
     assert history.run.first.max() == 68
     history.save(tmp_path / "run")
@@ -240,6 +244,27 @@ HEADERS = {
     "at": (lambda h: {**h, "rows": [["a", [0], [1]]] * 3}, "leaves that its header has not"),
     "shape": (lambda h: {**h, "sources": [[["a"], [-1], []]] * 3}, "whole numbers"),
     "axes": (lambda h: {**h, "sources": [[["a"], [2], [1]]] * 3}, "fewer axes"),
+    "no leaf": (lambda h: {**h, "rows": [["a", [], []]] * 3}, "leaves that its header has not"),
+    "index": (
+        lambda h: {
+            **h,
+            "sources": [[["a"], [3], [0]]],
+            "rows": [[f"a[{k}]", [0], [k + 1]] for k in range(3)],
+        },
+        r"row 'a\[2\]' is of an index that its leaf has not",
+    ),
+    "index again": (
+        lambda h: {
+            **h,
+            "sources": [[["a"], [3], [0]]],
+            "rows": [[f"a[{k}]", [0], [k % 2]] for k in range(3)],
+        },
+        r"row 'a\[2\]' is of an index that its leaf has not, or had before",
+    ),
+    "indices": (
+        lambda h: {**h, "sources": [[["a"], [10**9], [0]]], "rows": [[f"{k}", [0], [k]] for k in range(3)]},
+        "leaf 'a' has rows for 3 of its indices",
+    ),
     "leaf": (lambda h: {**h, "sources": [[[7], None, []]] * 3}, "where a name should be"),
     "no run": (lambda h: {**h, "run": None}, "no part of a recording"),
     "run": (lambda h: {**h, "run": {"updates": 1}}, "how long the run was"),

@@ -1,6 +1,7 @@
 """Recordings as files: their arrays, and a JSON header for the rest."""
 
 import json
+import math
 import os
 import struct
 import zipfile
@@ -200,14 +201,28 @@ def _rows_of(header: dict[str, Any]) -> tuple[Row, ...]:
         if any(axis >= len(shape or ()) for axis in axes):
             raise ValueError("a leaf has fewer axes than its header says")
         sources.append(Source(tuple(_text(key) for key in _listed(keys)), shape, axes))
-    rows = []
+    rows, counts = [], [0] * len(sources)
+    last: list[tuple[int, ...]] = [()] * len(sources)
     for row in _listed(header["rows"]):
         name, own, at = _listed(row, 3)
         own, at = _numbers(own), _numbers(at)
-        if any(k >= len(sources) or len(sources[k].axes) != len(at) for k in own):
+        if not own or any(k >= len(sources) or len(sources[k].axes) != len(at) for k in own):
             raise ValueError(f"row {name!r:.80} is of leaves that its header has not")
+        for k in own if at else ():
+            if any(index >= n for index, n in zip(at, _along(sources[k]), strict=True)) or last[k] >= at:
+                raise ValueError(f"row {name!r:.80} is of an index that its leaf has not, or had before")
+            last[k], counts[k] = at, counts[k] + 1
         rows.append(Row(_text(name), tuple(sources[k] for k in own), at))
+    for source, count in zip(sources, counts, strict=True):
+        # Regrouping lists all indices that a leaf has.
+        if 0 < count < math.prod(_along(source)):
+            raise ValueError(f"leaf {'/'.join(source.keys)!r:.80} has rows for {count} of its indices")
     return tuple(rows)
+
+
+def _along(source: Source) -> tuple[int, ...]:
+    """How many indices there are along the axes of a leaf that has a row for each."""
+    return tuple((source.shape or ())[axis] for axis in source.axes)
 
 
 def _run_of(run: Any, arrays: dict[str, np.ndarray], lengths: dict[str, int]) -> Run:
