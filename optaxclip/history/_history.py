@@ -211,8 +211,9 @@ class History:
 
         Raises:
           OSError: if the file cannot be opened.
-          ValueError: if a column is not there, a chosen cell is no number, a norm is negative or missing from
-            a step, steps do not ascend, or the file is no such table; it names the line.
+          ValueError: if a column is not there or has a name of more than 1,000 characters, a chosen cell is
+            no number, a norm is negative or missing from a step, steps do not ascend, or the file is no such
+            table; it names the line.
 
         >>> import pathlib, tempfile, optaxclip as oc
         >>> path = pathlib.Path(tempfile.mkdtemp(), "log.csv")
