@@ -377,14 +377,20 @@ def test_what_takes_too_much_memory_is_refused_before_it_is_read(tmp_path, saved
     names = rewritten(saved[1], header=lambda old: b"[" + b"[]," * 2**22 + b"[]]")
     tracemalloc.start()
     try:
-        refused(tmp_path, zeros, "bytes, and max_bytes is 100000000", max_bytes=10**8)
-        refused(
-            tmp_path, names, "its header of .* may take 27 times as many, and max_bytes is", max_bytes=10**8
-        )
+        refused(tmp_path, zeros, "bytes of memory, and max_bytes is 100000000", max_bytes=10**8)
+        refused(tmp_path, names, "bytes of memory, and max_bytes is 100000000", max_bytes=10**8)
         _, most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert most < 2**21
+
+
+def test_arrays_and_names_are_counted_together(tmp_path, saved):
+    """The least that a file can be read with is what both take, names 27 times."""
+    sizes = {info.filename: info.file_size for info in zipfile.ZipFile(io.BytesIO(saved[1])).infolist()}
+    least = sum(sizes.values()) + 26 * sizes["header.npy"]
+    refused(tmp_path, saved[1], f"may take {least} bytes", max_bytes=least - 1)
+    assert alike(oc.History.load(tmp_path / "strange.npz", max_bytes=least), saved[0])
 
 
 def test_json_takes_no_more_memory_than_it_counts_for(tmp_path, saved):

@@ -123,10 +123,10 @@ def load(path: Any, max_bytes: int, make: Callable[..., Any]) -> Any:
 
 
 def _read(archive: zipfile.ZipFile, max_bytes: int, make: Callable[..., Any]) -> Any:
-    members = _npz.members(archive, max_bytes)
+    members = _npz.members(archive, max_bytes, {"header": OBJECTS})
     if "header" not in members:
         raise ValueError("it is a zip without 'header.npy'")
-    header = _header_of(archive, members.pop("header"), max_bytes)
+    header = _header_of(archive, members.pop("header"))
     run = header["run"]
     asked = {*NEEDED, *(OF_RUN if run is not None else ())}
     missing, strange = asked - set(members), set(members) - asked - set(OPTIONAL)
@@ -147,12 +147,7 @@ def _read(archive: zipfile.ZipFile, max_bytes: int, make: Callable[..., Any]) ->
     return make(rows, arrays["norms"], header["norm"], **given)
 
 
-def _header_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo, max_bytes: int) -> dict[str, Any]:
-    if OBJECTS * info.file_size > max_bytes:
-        raise ValueError(
-            f"its header of {info.file_size} bytes may take {OBJECTS} times as many, and max_bytes is "
-            f"{max_bytes}"
-        )
+def _header_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> dict[str, Any]:
     text = _npz.read(archive, info, "u", 1).tobytes()
     try:
         header = json.loads(text.decode("ascii"))
