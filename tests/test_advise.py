@@ -363,6 +363,18 @@ def test_the_same_recording_has_the_same_advice(name):
     assert again.interval == advice_of(name).interval
 
 
+@pytest.mark.parametrize("ask", [{}, {"optimizer": "adam"}, {"learning_rate": 0.1}], ids=str)
+@pytest.mark.parametrize("size", [1e-300, 1e-42, 1e45])
+def test_limits_are_numbers_of_float32(size, ask):
+    """Of norms beyond its range too: a limit of zero would make zeros of all updates."""
+    advice = oc.History(["w"], size * spiky(rows=1), start=[size]).advise(**ask)
+    params = {"w": jnp.ones(1)}
+    updates, _ = from_code(advice).update(params, from_code(advice).init(params))
+    assert 0 < updates["w"][0] <= 1
+    tiny, largest = np.finfo(np.float32).tiny, np.finfo(np.float32).max
+    assert all(tiny <= x <= largest for x in (advice.limit, *(advice.interval or ())))
+
+
 def test_zeros_between_updates_do_not_count():
     """Updates that are zero three times of four, as gradients that are collected first, leave the limit."""
     norms = np.zeros((1200, 8))
