@@ -305,6 +305,14 @@ def test_limits_that_remember_start_with_the_first_recorded_update():
     assert found.steps.tolist() == [6, 7, 8, 9]
 
 
+def test_schedules_inside_such_limits_count_from_there_too():
+    """A limit has one counter for all it is made of."""
+    ramp = oc.limits.schedule(lambda step: step.astype(jnp.float32))
+    found, alone = late(oc.limits.after(2, ramp, oc.limits.ema(2.0)), np.full(10, 100.0))
+    assert found.limit.tolist() == alone.limit.tolist()
+    assert found.limit[:2, 0].tolist() == [0, 1]
+
+
 @pytest.mark.parametrize(
     "call",
     [

@@ -343,7 +343,8 @@ class History:
 
         It is exact: a policy that goes by norms depends on an update only through the norms of its groups. It
         does not know that other updates would have led to other gradients later on. A limit that remembers
-        norms starts with the first recorded update; schedules are asked for the number of each.
+        norms starts with the first recorded update; schedules are asked for the number of each, but for one
+        inside a limit that remembers norms, which counts from the first recorded update.
 
         Args:
           limit: a number, a schedule or one of `optaxclip.limits`; or a transformation made by
