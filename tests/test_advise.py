@@ -173,6 +173,7 @@ CASES = {
     "too short": Case(noise(30), "undecided", "The recording has 30 steps, 30 with a norm"),
     "one step": Case(noise(1), "undecided", "The recording has 1 step, 1 with a norm"),
     "empty": Case(noise(0), "undecided", "The recording is empty"),
+    "no groups": Case(noise(rows=0), "undecided", "The recording has no groups", names=[]),
     "zeros": Case(np.zeros((100, 8)), "undecided", "All recorded norms are zero"),
     "clipped": Case(clipped(noise(), 2.8), "undecided", "72.7% of the steps share the largest norm, 2.8:"),
     "nothing finite": Case(
@@ -360,6 +361,18 @@ def test_the_same_recording_has_the_same_advice(name):
     again = history_of(name).advise(**CASES[name].asked)
     assert str(again) == str(advice_of(name))
     assert again.interval == advice_of(name).interval
+
+
+@pytest.mark.parametrize("ask", [{}, {"optimizer": "adam"}, {"learning_rate": 0.1}], ids=str)
+@pytest.mark.parametrize("size", [1e-300, 1e-42, 1e45])
+def test_limits_are_numbers_of_float32(size, ask):
+    """Of norms beyond its range too: a limit of zero would make zeros of all updates."""
+    advice = oc.History(["w"], size * spiky(rows=1), start=[size]).advise(**ask)
+    params = {"w": jnp.ones(1)}
+    updates, _ = from_code(advice).update(params, from_code(advice).init(params))
+    assert 0 < updates["w"][0] <= 1
+    tiny, largest = np.finfo(np.float32).tiny, np.finfo(np.float32).max
+    assert all(tiny <= x <= largest for x in (advice.limit, *(advice.interval or ())))
 
 
 def test_zeros_between_updates_do_not_count():
@@ -618,7 +631,7 @@ NORMS = st.floats(0, 1e38, width=64) | st.sampled_from([0.0, 1.0, 1.0, 1.0, 1e-3
 @given(data=st.data())
 def test_advice_never_raises(data):
     """On any norms, finite or not, of any number of steps and rows, there is an answer whose code runs."""
-    steps, rows = data.draw(st.integers(0, 60)), data.draw(st.integers(1, 5))
+    steps, rows = data.draw(st.integers(0, 60)), data.draw(st.integers(0, 5))
     norms = data.draw(hnp.arrays(float, (steps, rows), elements=NORMS))
     start = data.draw(st.none() | hnp.arrays(float, rows, elements=NORMS))
     names = [f"layer_{k // 2}/{k}" for k in range(rows)]

@@ -169,6 +169,38 @@ def test_without_policies_those_of_the_advice_are_compared(files, history):
     ]
 
 
+CALM = np.exp(0.5 * np.random.default_rng(2).standard_normal((300, 1)))
+UNWEIGHED = {
+    "short": (CALM[:20], "The recording has 20 steps, 20 with a norm that is finite"),
+    "clipped": (np.minimum(CALM, 1), "these updates have been clipped or normalised already"),
+    "ended": ([*CALM[:20], [np.inf]], "Too few recorded steps are ordinary"),
+}
+
+
+@pytest.mark.parametrize("kind", UNWEIGHED)
+def test_without_policies_it_is_said_why_none_can_be_chosen(tmp_path, kind):
+    """For the reason that the advice has; policies of one's own are compared all the same."""
+    norms, why = UNWEIGHED[kind]
+    oc.History(["w"], norms).save(tmp_path / "run.npz")
+    said = " ".join(run("compare", tmp_path / "run.npz", code=2).stderr.replace("│", " ").split())
+    assert why in said
+    assert "Or pass policies." in said.partition(why)[2]
+    run("compare", tmp_path / "run.npz", "-p", "global:1")
+
+
+def test_a_recording_without_groups_is_looked_at_like_any_other(tmp_path):
+    """As of a tree of integers, of which nothing is measured."""
+    tx, tree = oc.record(capacity=2), {"ids": np.arange(3)}
+    path = tmp_path / "run.npz"
+    oc.History.from_state(tx.update(tree, tx.init(tree))[1], tree).save(path)
+    assert parsed("show", path)["groups"] == []
+    assert "The recording has no groups" in run("advise", path).stdout
+    assert "The recording has no groups" in run("compare", path, code=2).stderr
+    assert len(parsed("compare", path, "-p", "leafwise:1")["policies"]) == 1
+    for name in ("x.png", "x.html"):
+        run("plot", path, "-o", tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["norms.png", "norms.svg", "norms.html"])
 def test_the_figure_is_written(files, tmp_path, name):
     """In the format of its name; a page has the advice too."""
@@ -179,7 +211,10 @@ def test_the_figure_is_written(files, tmp_path, name):
     start = path.read_bytes()[:100]
     assert {"png": b"\x89PNG", "svg": b"<?xml", "html": b"<!doctype html>"}[name.split(".")[1]] in start
     if name.endswith("html"):
-        assert "Advice: " in path.read_text()
+        with_limit = path.read_text()
+        assert "Advice: " in with_limit
+        run("plot", files / "run.npz", "-o", path)
+        assert path.read_text() != with_limit
         run("plot", files / "run.npz", "-o", path, "--no-advice")
         assert "Advice: " not in path.read_text()
 
@@ -192,6 +227,8 @@ FORMS = {
     "leafwise:0.5": (0.5, oc.groups.leaf()),
     "depth:1:0.5": (0.5, oc.groups.depth(1)),
     "regex:a/(?:w|v):0.5": (0.5, oc.groups.regex({"x": "a/(?:w|v)", None: ".*"})),
+    r"regex:^(a)/\w$:0.5": (0.5, oc.groups.regex({"x": "^a/", None: ".*"})),
+    r"tight = regex:(\w)/\1|b\b:0.5": (0.5, oc.groups.regex({"x": "b", None: ".*"})),
     "tight = regex:b:0.5": (0.5, oc.groups.regex({"x": "b", None: ".*"})),
     "autoclip:20": (oc.autoclip(20.0), None),
     "zclip:2": (oc.zclip(z=2.0), None),
@@ -273,6 +310,13 @@ def test_bad_files_get_one_line(files, tmp_path):
             assert found.stderr.count("\n") == 1
             assert name in found.stderr
             assert "unexpected" not in found.stderr
+
+
+def test_a_log_may_begin_as_a_zip_does(files):
+    """The letters PK are the name of a column."""
+    path = files / "pk.csv"
+    path.write_text("PK,step,grad_norm/a\n1,0,3\n1,1,4\n")
+    assert parsed("show", path)["whole"]["largest"] == 4
 
 
 @pytest.mark.parametrize("option", ["--columns", "--step", "--loss"])
@@ -357,6 +401,15 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
         main()
     assert exited.value.code == 2
     assert capsys.readouterr().err == "optaxclip: there is no typer. pip install 'optaxclip[cli]'\n"
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.html"])
+def test_a_plot_without_matplotlib_says_what_to_install(files, tmp_path, monkeypatch, name):
+    """In one line, with the exit code of a missing package."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    found = run("plot", files / "run.npz", "-o", tmp_path / name, code=2)
+    assert found.stderr.startswith("optaxclip: History.plot: there is no matplotlib. Install it: pip install")
+    assert found.stderr.count("\n") == 1
 
 
 @pytest.fixture

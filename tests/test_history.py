@@ -1,6 +1,7 @@
 """A recording's rows, its errors, and how finer recordings become coarser ones."""
 
 import functools
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +137,21 @@ def test_what_was_recorded_as_one_cannot_be_divided(fine, coarse, text):
         recorded(fine, "l2", GRADS).regroup(coarse)
 
 
+def test_groups_finer_than_the_recording_are_refused_before_they_are_listed():
+    """A leaf may have any number of units: the error takes no memory for each."""
+    state = oc.record(capacity=1).init({"w": np.ones(1, np.float32)})
+    history = oc.History.from_state(state, {"w": jax.ShapeDtypeStruct((10**5, 3), np.float32)})
+    for call in (history.regroup, lambda groups: history.replay(1.0, groups)):
+        tracemalloc.start()
+        try:
+            with pytest.raises(ValueError, match="each index of axis 0 of leaf 'w'; row 'w' was recorded as"):
+                call(oc.groups.unit(1))
+            _, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert most < 2**20
+
+
 def test_groups_by_shape_need_shapes():
     """Norms and names alone do not tell how a leaf is divided; groups by path are made all the same."""
     history = oc.History(["a/kernel", "a/bias"], [[3.0, 4.0]])
@@ -206,7 +222,7 @@ def test_the_whole_norm_is_that_of_the_rows_together(norm):
 
 
 TWO = ["a", "b"]
-STEPS = "^History: steps must be whole numbers from 0 on, each larger than the one before"
+STEPS = "^History: steps must be whole numbers from 0 to 9007199254740991, each larger than the one before"
 ONE_STEP = [[1.0, 2.0]]
 
 
@@ -240,6 +256,10 @@ ONE_STEP = [[1.0, 2.0]]
         (lambda: oc.History(TWO, ONE_STEP, steps=[-1]), ValueError, STEPS),
         (lambda: oc.History(TWO, ONE_STEP, steps=[0.5]), ValueError, STEPS),
         (lambda: oc.History(TWO, ONE_STEP, steps=[np.nan]), ValueError, STEPS),
+        (lambda: oc.History(TWO, ONE_STEP * 2, steps=[np.inf, np.inf]), ValueError, STEPS),
+        (lambda: oc.History(TWO, ONE_STEP, steps=[1e30]), ValueError, STEPS),
+        (lambda: oc.History(TWO, ONE_STEP, steps=[2**53]), ValueError, STEPS),
+        (lambda: oc.History(TWO, ONE_STEP, steps=[2**53 + 1]), ValueError, STEPS),
         (lambda: oc.History(["a", "a"], ONE_STEP), ValueError, r"^History: 'a' is the name of several rows"),
         (
             lambda: oc.History(TWO, ONE_STEP, norm="l3"),

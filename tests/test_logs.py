@@ -355,6 +355,7 @@ WRONG_CSV = {
     "latin": (b"a,b\n1,2\n3,4 \xe9\n", {}, "line 3 is no UTF-8 text"),
     "field": (b'a,note\n1,x\n2,"' + b"x" * 2**18, {}, "line 3: field larger than field limit"),
     "header": (b"a" * 2**18 + b",b\n", {}, "line 1: field larger than field limit"),
+    "name": (b"grad/" * 10**4 + b",a\n1,2\n", {}, "'grad/grad/.*/'... has 50000 characters. Give it one of"),
     "line": (b"a,b\n" + b"1," * 2**23 + b"\n", {}, "line 2 has more than 16777216 bytes"),
 }
 WRONG_JSONL = {
@@ -369,6 +370,7 @@ WRONG_JSONL = {
     "back": (b'{"step":1,"a":1}\n{"step":0,"loss":2}\n', {}, "line 2: step 0 comes after step 1"),
     "digits": (b'{"step":' + b"9" * 10**5 + b',"a":1}', {}, "line 1: 'step' is inf"),
     "column": (b'{"a":1}\n', {"columns": ["b"]}, "no column 'b' among 'a'"),
+    "name": (b'{"a":1}\n{"' + b"grad/" * 10**4 + b'":2}', {}, "has 50000 characters. Give it one of"),
     "latin": (b'{"a":1}\n{"\xe9":2}\n', {}, "line 2 is no UTF-8 text"),
 }
 WRONG = [("csv", kind) for kind in WRONG_CSV] + [("jsonl", kind) for kind in WRONG_JSONL]

@@ -346,6 +346,18 @@ def test_the_page_has_the_advice_and_its_code(tmp_path):
     assert text == (tmp_path / "two.html").read_text(encoding="utf-8")
 
 
+def test_the_page_draws_limits(tmp_path):
+    """The same figures as `plot`; what is no limit leaves no file."""
+    history, pages = spiky(), {}
+    for limits in (None, 3.0, [3.0, 5.0]):
+        history.to_html(tmp_path / "page.html", limits=limits)
+        pages[str(limits)] = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert len(set(pages.values())) == 3
+    with pytest.raises(ValueError, match="limit 'limit -1' is -1"):
+        history.to_html(tmp_path / "none.html", limits=-1)
+    assert not (tmp_path / "none.html").exists()
+
+
 @pytest.mark.parametrize(
     ("module", "look", "extra"),
     [

@@ -289,11 +289,28 @@ def test_schedules_are_asked_for_the_recorded_steps():
     assert found.limit[:, 0].tolist() == [6, 7, 8, 9]
 
 
+def test_schedules_stop_where_the_counter_of_training_does():
+    """A step is an int32, and stays the largest."""
+    last = 2**31 - 1
+    history = oc.History(["a"], np.ones((4, 1)), steps=[0, last, last + 1, 2**40])
+    found = history.replay(lambda step: jnp.where(step < 0, -1.0, step.astype(jnp.float32)))
+    assert found.limit[:, 0].tolist() == [0, 2.0**31, 2.0**31, 2.0**31]
+    assert history.replay(oc.limits.after(5, 9.0, oc.limits.ema(2.0))).limit[:, 0].tolist() == [9, 2, 2, 2]
+
+
 def test_limits_that_remember_start_with_the_first_recorded_update():
     """Their warm-up is counted from there: what came before is not known."""
     found, alone = late(oc.adagc(warmup=2, max_norm=9.0), np.arange(10.0))
     assert found.limit.tolist() == alone.limit.tolist()
     assert found.steps.tolist() == [6, 7, 8, 9]
+
+
+def test_schedules_inside_such_limits_count_from_there_too():
+    """A limit has one counter for all it is made of."""
+    ramp = oc.limits.schedule(lambda step: step.astype(jnp.float32))
+    found, alone = late(oc.limits.after(2, ramp, oc.limits.ema(2.0)), np.full(10, 100.0))
+    assert found.limit.tolist() == alone.limit.tolist()
+    assert found.limit[:2, 0].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(

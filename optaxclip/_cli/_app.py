@@ -12,7 +12,7 @@ import optaxclip
 from optaxclip import _checks
 from optaxclip._cli import _policies
 from optaxclip._cli._terminal import as_json, plainly, print_advice, print_comparison, read, stdout
-from optaxclip.history import _tables
+from optaxclip.history import Comparison, History, _plot, _tables
 
 EXAMPLES = """
 **Files.** A recording saved by `history.save("run.npz")`, or a log of norms from any framework, PyTorch
@@ -140,9 +140,7 @@ def plot(
 
     `optaxclip plot run.npz -o norms.png --limit 1 --limit 5`
     """
-    from matplotlib.figure import Figure
-
-    kinds = [*Figure().canvas.get_supported_filetypes(), "html"]
+    kinds = [*_plot.formats(), "html"]
     kind = output.suffix.removeprefix(".").lower()
     if kind not in kinds:
         raise typer.BadParameter(
@@ -151,7 +149,7 @@ def plot(
     history = read(file, columns, step, loss, norm, groups)
     said = history.advise(budget, optimizer, learning_rate) if advice else None
     if kind == "html":
-        history.to_html(output, said)
+        history.to_html(output, said, limits=limit)
     else:
         history.plot(limit, said).savefig(output)
     if json:
@@ -189,15 +187,21 @@ def compare(
     for name, replay in replays.items():
         if history.names and not replay.names:
             raise ValueError(f"policy {name!r} is about no group among {_checks.listed(history.names)}.")
-    found = history.compare(replays) if replays else history.advise().comparison
-    if found is None:
-        raise typer.BadParameter(
-            "the recording is too short to choose policies. Pass some.", param_hint="--policy"
-        )
+    found = history.compare(replays) if replays else _weighed(history)
     if json:
         as_json({"steps": found.steps, "ordinary": found.ordinary, "policies": found.rows})
     else:
         print_comparison(found)
+
+
+def _weighed(history: History) -> Comparison:
+    """What `advise` weighs; an error that says why it weighs nothing."""
+    said = history.advise()
+    if said.comparison is not None:
+        return said.comparison
+    few = "Too few recorded steps are ordinary to choose policies by. Record more."
+    why = said.reasons[0] if said.policy == "undecided" else few
+    raise typer.BadParameter(f"{why} Or pass policies.", param_hint="--policy")
 
 
 @app.command()

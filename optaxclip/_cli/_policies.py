@@ -8,6 +8,7 @@ from typing import Any
 
 import optaxclip
 from optaxclip import groups, limits, norms, responses
+from optaxclip.history._expressed import literal
 
 FORMS = (
     "none, global:LIMIT, layerwise:LIMIT, leafwise:LIMIT, depth:K:LIMIT, regex:PATTERN:LIMIT, zclip[:Z], "
@@ -26,7 +27,7 @@ def _number(text: str) -> float:
 
 def _regex(pattern: str, limit: str) -> Any:
     # What does not match is left alone.
-    rules = {pattern: pattern, None: ".*"}
+    rules = {literal(pattern): pattern, None: ".*"}
     return optaxclip.clip_by_groupwise_norm(_number(limit), groups.regex(rules))
 
 
@@ -59,7 +60,7 @@ def policy(text: str) -> tuple[str, Any]:
     tight
     """
     named = re.fullmatch(r"([\w .-]+)=(.*)", text, re.DOTALL)
-    name, form = (named[1].strip(), named[2]) if named else (text, text)
+    name, form = (named[1].strip(), named[2].strip()) if named else (text, text)
     try:
         return name, _called(form) if "(" in form and not form.startswith("regex:") else _short(form)
     except (TypeError, ValueError, SyntaxError, RecursionError, re.error) as error:

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 import optaxclip
 from optaxclip.history import History, _tables
 
+ZIP = b"PK\x03\x04", b"PK\x05\x06"  # how a zip begins, and one that holds nothing
 BIG = 2**23  # bytes of a log that take about a second to read
 WIDE = 96  # characters of a line of prose, at most
 
@@ -39,8 +40,10 @@ def plainly(command: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:
             name = f"{os.fspath(error.filename)!r}: " if error.filename else ""
             _fail(f"{name}{error.strerror or error}")
-        except (ValueError, TypeError, ImportError) as error:
+        except (ValueError, TypeError) as error:
             _fail(str(error))
+        except ImportError as error:
+            _fail(str(error), code=2)
         except Exception as error:  # nobody wants to read a traceback
             _fail(f"unexpected {type(error).__name__}: {error}")
 
@@ -48,9 +51,9 @@ def plainly(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 1) -> None:
     print(f"optaxclip: {_tables.printable(' '.join(message.split()))}", file=sys.stderr)
-    raise typer.Exit(1)
+    raise typer.Exit(code)
 
 
 def read(
@@ -76,7 +79,7 @@ def read(
 
 def kind_of(file: Path, start: bytes) -> Literal["npz", "jsonl", "csv"]:
     """What a file is by its first bytes, and by its name where these leave it open."""
-    if start.startswith(b"PK") or file.suffix == ".npz":
+    if start.startswith(ZIP) or file.suffix == ".npz":
         return "npz"
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
     if b"\0" in start or not text:

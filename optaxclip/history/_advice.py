@@ -16,7 +16,7 @@ from optaxclip.history._expressed import LAYER, LEAF, WHOLE, Grouping, norm_code
 from optaxclip.history._replay import Replay
 from optaxclip.history._rows import norm_called
 
-LARGEST = 3.4e38  # float32 ends just above
+SMALLEST, LARGEST = 1.2e-38, 3.4e38  # float32 ends just beyond; what is smaller is zero to many devices
 
 PolicyName: TypeAlias = Literal["none", "global", "layerwise", "leafwise", "outliers", "undecided"]
 
@@ -98,9 +98,14 @@ class Advice:
         return text if self.comparison is None else f"{text}\n\n{self.comparison}"
 
 
+def held(limits: Any) -> Any:
+    """Limits that float32 can hold; one of zero would stop all updates."""
+    return np.clip(limits, SMALLEST, LARGEST)
+
+
 def rounded(value: float) -> float:
-    """A limit to three digits, as the code has it, that float32 can hold."""
-    return min(float(f"{value:.3g}"), LARGEST)
+    """A limit to three digits, as the code has it."""
+    return float(held(float(f"{value:.3g}")))
 
 
 def nothing() -> Chosen:
@@ -148,5 +153,5 @@ def interval(values: np.ndarray, share: float, resamples: int, seed: int = 0) ->
     """The interval of a quantile: 90 % of what resampling with replacement gives."""
     drawn = np.random.default_rng(seed)
     found = [np.quantile(drawn.choice(values, len(values)), share) for _ in range(resamples)]
-    low, high = np.quantile(found, [0.05, 0.95])
+    low, high = held(np.quantile(found, [0.05, 0.95]))
     return float(low), float(high)

@@ -90,7 +90,7 @@ def _too_long(case: Case, steps: Lengths, said: list[str]) -> Advice:
     else:
         limit, code = _advice.in_proportion(steps.safe / steps.rate, float(steps.scale.min()))
     chosen = _advice.clipping(limit, code, by, case.history.norm)
-    at_start = np.minimum(limits, _advice.LARGEST).astype(np.float32)
+    at_start = _advice.held(limits).astype(np.float32)
     said = [*said, _reasons.all_too_long(case.found, steps, case.rule)]
     if len(limits) > case.rule.listed:
         said.append(_reasons.in_proportion())
@@ -220,7 +220,7 @@ def _seldom_exceeded(case: Case, own: Any) -> np.ndarray:
     """
     norms = own.norms[case.found.kept][_typical(case)]
     top = np.array([np.quantile(x[x > 0], 1 - case.budget) if (x > 0).any() else 0 for x in norms.T])
-    return np.minimum(np.where(top > 0, top, top.max(initial=0)), _advice.LARGEST)
+    return _advice.held(np.where(top > 0, top, top.max(initial=0)))
 
 
 def _typical(case: Case) -> np.ndarray:
@@ -273,7 +273,7 @@ def _candidates(case: Case) -> dict[str, Any]:
     history = case.history
     made = {"none": history.replay(np.inf)}
     top = np.quantile(case.found.whole[_typical(case)], 1 - case.budget)
-    made["global"] = history.replay(min(float(top), _advice.LARGEST))
+    made["global"] = history.replay(float(_advice.held(top)))
     for name, by in {"layerwise": LAYER, "leafwise": LEAF}.items():
         own = coarser(history, by)
         if own is not None:

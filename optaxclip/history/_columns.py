@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from optaxclip import _checks, _patterns
+from optaxclip.history._recording import LAST_STEP
 from optaxclip.history._rows import norm_called
-from optaxclip.history._store import LAST_STEP
 
 STEPS = ("step", "global_step", "_step", "iteration", "trainer/global_step")
 LOSSES = ("loss", "train/loss", "train_loss")
@@ -37,6 +37,7 @@ OTHERS = re.compile(
     re.IGNORECASE,
 )
 
+LONGEST_NAME = 1000  # characters; the forms above take the square of a name's length
 ORDERS = {1.0: "l1", 2.0: "l2", np.inf: "linf"}
 
 
@@ -55,7 +56,9 @@ class Cells:
 
     def __init__(self, where: str, columns: Iterable[str] = ()):
         self.where = where
-        self.columns = {name: k for k, name in enumerate(columns)}
+        self.columns: dict[str, int] = {}
+        for name in columns:
+            self._new(name)
         self.lines, self.record, self.column, self.value = array("q"), array("q"), array("q"), array("d")
         self.text: dict[int, tuple[int, str]] = {}
 
@@ -64,7 +67,9 @@ class Cells:
         record = len(self.lines)
         self.lines.append(line)
         for name, cell in cells:
-            column = self.columns.setdefault(name, len(self.columns))
+            column = self.columns.get(name)
+            if column is None:
+                column = self._new(name)
             if cell is None or cell == "":
                 continue
             value = number_in(cell)
@@ -74,6 +79,15 @@ class Cells:
                 self.value.append(value)
             elif column not in self.text and not (isinstance(cell, str) and cell.isspace()):
                 self.text[column] = line, repr(cell[:40] if isinstance(cell, str) else type(cell).__name__)
+
+    def _new(self, name: str) -> int:
+        """The number of a column that has none yet."""
+        if len(name) > LONGEST_NAME:
+            raise ValueError(
+                f"{self.where}: the name of column {name[:40]!r}... has {len(name)} characters. Give it one "
+                f"of at most {LONGEST_NAME}, or leave it out."
+            )
+        return self.columns.setdefault(name, len(self.columns))
 
 
 def number_in(cell: Any) -> float | None:

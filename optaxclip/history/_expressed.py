@@ -63,11 +63,15 @@ def only(rows: Iterable[Row], rest: bool = True) -> Grouping:
     for row in rows:
         paths = dict.fromkeys("/".join(source.keys) for source in row.sources)
         patterns = [f"^{re.escape(path)}$" for path in paths]
-        # The name is a template, in which a backslash stands for itself if there are two.
-        rules[called(row).replace("\\", r"\\")] = patterns[0] if len(patterns) == 1 else patterns
+        rules[literal(called(row))] = patterns[0] if len(patterns) == 1 else patterns
     if rest:
         rules[None] = ".*"
     return Grouping(_groups.regex(rules), f"oc.groups.regex({rules!r})")
+
+
+def literal(name: str) -> str:
+    """A name that stands for itself in `groups.regex`, where names are templates of what was matched."""
+    return name.replace("\\", r"\\")
 
 
 def called(row: Row) -> str:

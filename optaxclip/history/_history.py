@@ -83,7 +83,7 @@ class History:
         Args:
           names: the path of each leaf, its keys joined with `/`, or a tuple of the keys.
           norms: the norm of each leaf at each step, `(steps, leaves)`.
-          steps: the number of each update; by default from 0 on.
+          steps: the number of each update, below 2**53; by default from 0 on.
           loss: the loss of each, `(steps,)`.
           params: the norms of the parameters, `(steps, leaves)`.
           start: the norms of the parameters at the start, `(leaves,)`.
@@ -92,8 +92,8 @@ class History:
 
         Raises:
           TypeError: if an array holds no numbers.
-          ValueError: if shapes do not fit, a norm is negative, steps do not ascend, a name comes twice, or
-            there is no such norm.
+          ValueError: if shapes do not fit, a norm is negative, steps do not ascend or are too large, a name
+            comes twice, or there is no such norm.
         """
         keys = [tuple(name.split("/")) if isinstance(name, str) else tuple(name) for name in names]
         rows = tuple(Row("/".join(own), (Source(own),)) for own in keys)
@@ -211,8 +211,9 @@ class History:
 
         Raises:
           OSError: if the file cannot be opened.
-          ValueError: if a column is not there, a chosen cell is no number, a norm is negative or missing from
-            a step, steps do not ascend, or the file is no such table; it names the line.
+          ValueError: if a column is not there or has a name of more than 1,000 characters, a chosen cell is
+            no number, a norm is negative or missing from a step, steps do not ascend, or the file is no such
+            table; it names the line.
 
         >>> import pathlib, tempfile, optaxclip as oc
         >>> path = pathlib.Path(tempfile.mkdtemp(), "log.csv")
@@ -342,7 +343,8 @@ class History:
 
         It is exact: a policy that goes by norms depends on an update only through the norms of its groups. It
         does not know that other updates would have led to other gradients later on. A limit that remembers
-        norms starts with the first recorded update; schedules are asked for the number of each.
+        norms starts with the first recorded update; schedules are asked for the number of each, but for one
+        inside a limit that remembers norms, which counts from the first recorded update.
 
         Args:
           limit: a number, a schedule or one of `optaxclip.limits`; or a transformation made by
@@ -479,7 +481,7 @@ class History:
 
         return _plot.figure(self, limits, advice)
 
-    def to_html(self, path: str | os.PathLike, advice: Any = None) -> None:
+    def to_html(self, path: str | os.PathLike, advice: Any = None, *, limits: Any = None) -> None:
         """Writes one file to send to a colleague: the figure, the table, and the advice with its code.
 
         The page loads nothing from elsewhere and runs no scripts. An existing file is replaced.
@@ -487,11 +489,13 @@ class History:
         Args:
           path: the file to write.
           advice: what `advise` said; left out by default.
+          limits: limits of the whole norm to draw, as in `plot`.
 
         Raises:
           ImportError: without Matplotlib, which `pip install 'optaxclip[plot]'` brings.
           OSError: if the file cannot be written.
+          ValueError: if a limit is negative or NaN, or has another shape.
         """
         from optaxclip.history import _html
 
-        _html.write(self, path, advice)
+        _html.write(self, path, advice, limits)

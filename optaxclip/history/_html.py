@@ -31,12 +31,12 @@ thead th { background: Canvas; position: sticky; top: 0 }
 """
 
 
-def write(history: Any, path: str | os.PathLike, advice: Any = None) -> None:
+def write(history: Any, path: str | os.PathLike, advice: Any = None, limits: Any = None) -> None:
     """Writes the page; it replaces a file that is there."""
-    Path(path).write_text(page(history, advice), encoding="utf-8")
+    Path(path).write_text(page(history, advice, limits), encoding="utf-8")
 
 
-def page(history: Any, advice: Any = None) -> str:
+def page(history: Any, advice: Any = None, limits: Any = None) -> str:
     """The page. What comes from the recording is escaped, and figures are images, which run no scripts."""
     found = lines(history, MOST)
     title = html.escape(heading(history))
@@ -55,7 +55,7 @@ def page(history: Any, advice: Any = None) -> str:
             f"<pre><code>{_escaped(advice.code)}</code></pre>",
             f"<pre>{_escaped(str(advice))}</pre>",
         ]
-    pictures = [_image(figure) for figure in _plot.figures(history, advice=advice)]
+    pictures = [_image(figure) for figure in _plot.figures(history, limits, advice)]
     if pictures:
         parts += ["<h2>Figures</h2>", '<div class="figures">', *pictures, "</div>"]
     parts += ["<h2>Groups</h2>", _table([*found.groups, found.whole])]

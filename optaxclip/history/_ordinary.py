@@ -41,7 +41,9 @@ def spikes(
     """
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         logs = np.where(np.isfinite(norms) & (norms > 0), np.log(norms), np.nan)
-        level = np.stack([_running_median(column, window) for column in logs.T], axis=1)
+        level = np.empty_like(logs)
+        for k, column in enumerate(logs.T):
+            level[:, k] = _running_median(column, window)
         off = logs - level
         spread = np.array([SIGMA * _median(np.abs(column)) for column in off.T])
         spread = np.nan_to_num(spread)

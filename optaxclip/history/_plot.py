@@ -42,6 +42,11 @@ def figures(history: Any, limits: Any = None, advice: Any = None) -> "list[Figur
     return made
 
 
+def formats() -> list[str]:
+    """The kinds of files that a figure can be written to, by their suffixes."""
+    return [*_figure((1, 1)).canvas.get_supported_filetypes()]
+
+
 def _figure(size: tuple[float, float]) -> "Figure":
     try:
         from matplotlib.figure import Figure

@@ -35,7 +35,11 @@ def undecided(history: Any, found: Evidence, rule: Rule) -> str | None:
 
 
 def _nothing_known(history: Any, found: Evidence) -> str:
-    if not len(history) or not len(history.names):
+    if not len(history.names):
+        return (
+            "The recording has no groups. Record gradients: arrays of real or complex numbers, not integers."
+        )
+    if not len(history):
         return "The recording is empty. Record some hundred steps, or until the run fails."
     if np.isfinite(history.norms).all(axis=1).any():
         return "All recorded norms are zero. Record gradients, before anything else acts on them."

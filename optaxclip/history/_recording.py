@@ -13,6 +13,9 @@ from optaxclip._base import Groups, Norm, PyTree
 from optaxclip._record import LEAST, PER_DOUBLING, RecordState
 from optaxclip.history._rows import Row, norm_called, rows_of
 
+# Steps are checked in float64, which does not tell the next integer from the one after it.
+LAST_STEP = 2**53 - 1
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stretch:
@@ -213,8 +216,11 @@ def fields(
                 f"History: {key} holds {array[tuple(at)]:g}, for {names[at[-1]]!r}. Norms are positive."
             )
     steps = np.arange(count) if steps is None else _array("steps", steps, (count,), names)
-    if (np.diff(steps) <= 0).any() or (count and (steps[0] < 0 or (steps % 1 != 0).any())):
-        raise ValueError("History: steps must be whole numbers from 0 on, each larger than the one before.")
+    whole = (steps >= 0) & (steps <= LAST_STEP) & (steps == np.floor(steps))
+    if not whole.all() or (np.diff(steps) <= 0).any():
+        raise ValueError(
+            f"History: steps must be whole numbers from 0 to {LAST_STEP}, each larger than the one before."
+        )
     if norm == "rms" and arrays["sizes"] is None:
         raise ValueError("History: to put rms norms together takes sizes, the number of entries of each row.")
     found = {"names": names, "norms": values, "steps": steps.astype(np.int64), "norm": norm, "rows": rows}

@@ -18,6 +18,7 @@ from optaxclip.history._rows import Regrouped, name_of, norm_called, put_togethe
 from optaxclip.limits import as_limit
 
 LARGEST = float(np.finfo(np.float32).max)
+LAST = np.iinfo(np.int32).max  # where training's counter of steps stops
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -172,7 +173,10 @@ def _run(
         new = jax.tree.map(lambda new, old: new.astype(old.dtype), new, state)
         return new, (stats.limit, first, then, stats.norm_after)
 
-    given = steps.astype(np.int32), *jax.tree.map(_single, (norm, norm * TINY, free, fixed, params))
+    given = (
+        np.minimum(steps, LAST).astype(np.int32),
+        *jax.tree.map(_single, (norm, norm * TINY, free, fixed, params)),
+    )
     _, found = jax.jit(lambda start, given: jax.lax.scan(step, start, given))(start, given)
     limit, first, then, after = (np.asarray(x, np.float64) for x in found)
     return limit, first * then, after

@@ -108,14 +108,15 @@ def regroup(rows: Sequence[Row], sizes: Float[np.ndarray, "rows"] | None, groups
     members = list(groups.assign(leaves))
     shapes = row_shapes(leaves, members)
     of = dict(zip(sources, members, strict=True))
+    # Refuses groups finer than the recording before their rows, which may be any number, are listed.
+    found = [_place(row, of) for row in rows]
     spans, names = {}, []
     for group in sorted(shapes, key=_paths.natural):
         spans[group] = len(names), int(np.prod(shapes[group], dtype=int))
         names += row_names(group, shapes[group])
     where = {name: k for k, name in enumerate(names)}
     place, measured, scaled = np.full(len(rows), -1), np.zeros(len(rows), bool), np.zeros(len(rows), bool)
-    for k, row in enumerate(rows):
-        name, member = _place(row, of)
+    for k, (name, member) in enumerate(found):
         if member is not None:
             place[k], measured[k], scaled[k] = where[name], member.measured, member.scaled
     known = np.full(len(rows), np.nan) if sizes is None else sizes

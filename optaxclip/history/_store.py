@@ -1,6 +1,7 @@
 """Recordings as files: their arrays, and a JSON header for the rest."""
 
 import json
+import math
 import os
 import struct
 import zipfile
@@ -20,9 +21,6 @@ FORMAT, VERSION = "optaxclip.History", 1
 # Objects take up to twenty-four times the bytes of the JSON they are made of (empty ones: three bytes, and an
 # object of 64 in a list), and are made before they can be counted; three more times is the text itself.
 OBJECTS = 27
-
-# An integer of float64's, which steps are checked in.
-LAST_STEP = 2**53
 
 
 class _Form(NamedTuple):
@@ -125,10 +123,10 @@ def load(path: Any, max_bytes: int, make: Callable[..., Any]) -> Any:
 
 
 def _read(archive: zipfile.ZipFile, max_bytes: int, make: Callable[..., Any]) -> Any:
-    members = _npz.members(archive, max_bytes)
+    members = _npz.members(archive, max_bytes, {"header": OBJECTS})
     if "header" not in members:
         raise ValueError("it is a zip without 'header.npy'")
-    header = _header_of(archive, members.pop("header"), max_bytes)
+    header = _header_of(archive, members.pop("header"))
     run = header["run"]
     asked = {*NEEDED, *(OF_RUN if run is not None else ())}
     missing, strange = asked - set(members), set(members) - asked - set(OPTIONAL)
@@ -143,20 +141,13 @@ def _read(archive: zipfile.ZipFile, max_bytes: int, make: Callable[..., Any]) ->
         array = arrays[key] = _npz.read(archive, info, form.kind, len(form.axes))
         if any(lengths.setdefault(axis, n) != n for axis, n in zip(form.axes, array.shape, strict=True)):
             raise ValueError(f"{key!r} has shape {array.shape}, which does not fit the rest")
-    if (arrays["steps"] > LAST_STEP).any():
-        raise ValueError(f"a step is larger than {LAST_STEP}")
     given = {key: arrays.get(key) for key in ("steps", *OPTIONAL)}
     if run is not None:
         given["run"] = _run_of(run, arrays, lengths)
     return make(rows, arrays["norms"], header["norm"], **given)
 
 
-def _header_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo, max_bytes: int) -> dict[str, Any]:
-    if OBJECTS * info.file_size > max_bytes:
-        raise ValueError(
-            f"its header of {info.file_size} bytes may take {OBJECTS} times as many, and max_bytes is "
-            f"{max_bytes}"
-        )
+def _header_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> dict[str, Any]:
     text = _npz.read(archive, info, "u", 1).tobytes()
     try:
         header = json.loads(text.decode("ascii"))
@@ -205,14 +196,28 @@ def _rows_of(header: dict[str, Any]) -> tuple[Row, ...]:
         if any(axis >= len(shape or ()) for axis in axes):
             raise ValueError("a leaf has fewer axes than its header says")
         sources.append(Source(tuple(_text(key) for key in _listed(keys)), shape, axes))
-    rows = []
+    rows, counts = [], [0] * len(sources)
+    last: list[tuple[int, ...]] = [()] * len(sources)
     for row in _listed(header["rows"]):
         name, own, at = _listed(row, 3)
         own, at = _numbers(own), _numbers(at)
-        if any(k >= len(sources) or len(sources[k].axes) != len(at) for k in own):
+        if not own or any(k >= len(sources) or len(sources[k].axes) != len(at) for k in own):
             raise ValueError(f"row {name!r:.80} is of leaves that its header has not")
+        for k in own if at else ():
+            if any(index >= n for index, n in zip(at, _along(sources[k]), strict=True)) or last[k] >= at:
+                raise ValueError(f"row {name!r:.80} is of an index that its leaf has not, or had before")
+            last[k], counts[k] = at, counts[k] + 1
         rows.append(Row(_text(name), tuple(sources[k] for k in own), at))
+    for source, count in zip(sources, counts, strict=True):
+        # Regrouping lists all indices that a leaf has.
+        if 0 < count < math.prod(_along(source)):
+            raise ValueError(f"leaf {'/'.join(source.keys)!r:.80} has rows for {count} of its indices")
     return tuple(rows)
+
+
+def _along(source: Source) -> tuple[int, ...]:
+    """How many indices there are along the axes of a leaf that has a row for each."""
+    return tuple((source.shape or ())[axis] for axis in source.axes)
 
 
 def _run_of(run: Any, arrays: dict[str, np.ndarray], lengths: dict[str, int]) -> Run:
