@@ -83,12 +83,28 @@ def merged(blocks: Sequence[Block], may: Callable[[Block], bool]) -> list[Block]
     for alike in small.values():
         for start in range(0, len(alike), MERGED):
             some = alike[start : start + MERGED]
-            # Behind a barrier, or entries of 16 bits would be widened leaf by leaf.
-            x = lax.optimization_barrier(jnp.stack([block.array.reshape(-1) for block in some]))
+            x = _stacked([block.array for block in some])
             scale = None if some[0].scale is None else jnp.stack([block.scale for block in some])
             rows = np.concatenate([block.rows for block in some])
             together.append(Block(x, (1,), rows, some[0].split, scale=scale))
     return together
+
+
+@jax.custom_jvp
+def _stacked(arrays: list[jax.Array]) -> jax.Array:
+    """Arrays of equal size and dtype, one to a row; by their bits if of 16, which XLA on CPU would widen."""
+    dtype, rows = arrays[0].dtype, [x.reshape(-1) for x in arrays]
+    if dtype.itemsize != 2:
+        return lax.optimization_barrier(jnp.stack(rows))
+    bits = jnp.stack([lax.bitcast_convert_type(x, jnp.uint16) for x in rows])
+    # Behind a barrier, or all would be widened leaf by leaf.
+    return lax.bitcast_convert_type(lax.optimization_barrier(bits), dtype)
+
+
+@_stacked.defjvp
+def _(primals, tangents):
+    (arrays,), (changes,) = primals, tangents
+    return _stacked(arrays), jnp.stack([x.reshape(-1) for x in changes])
 
 
 def partials(blocks: Sequence[Block], norm: Norm, dtype: np.dtype) -> jax.Array:

@@ -588,11 +588,13 @@ def test_bfloat16_is_rounded_to_nearest_ties_to_even():
     np.testing.assert_array_equal(np.asarray(ours).view(np.uint16)[finite], expected.view(np.uint16)[finite])
 
 
-def test_derivatives_of_clipped_bfloat16_are_those_of_float32():
-    """With respect to the update and to the limit, below the limit and above."""
+@pytest.mark.parametrize("leaves", [1, 3])
+def test_derivatives_of_clipped_bfloat16_are_those_of_float32(leaves):
+    """With respect to the update and to the limit, below the limit and above; small leaves are merged."""
 
     def total(leaf, limit):
-        return jnp.sum(oc.rescale_tree({"w": leaf}, limit)[0]["w"].astype(jnp.float32) * weights)
+        tree = {f"w{k}": (1 + k) * leaf for k in range(leaves)}
+        return sum(jnp.sum(x.astype(jnp.float32) * weights) for x in oc.rescale_tree(tree, limit)[0].values())
 
     weights = jnp.array([1.0, -2.0, 0.5])
     for limit in (1.0, 100.0):
