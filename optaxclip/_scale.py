@@ -194,25 +194,37 @@ def _apart(
     """
     pairs = _mesh.replicate(pairs)
     few = len(rows) <= FEW
+    wanted = [*([] if few else rows), *ends]
 
-    def parts(pairs: jax.Array) -> list[jax.Array]:
-        return [pairs[:, start:end] for start, end in ends.items()]
+    def parts(pairs: jax.Array, starts: Sequence[Any]) -> list[jax.Array]:
+        sizes = [end - start for start, end in ends.items()]
+        at = zip(starts, sizes, strict=True)
+        return [
+            lax.dynamic_slice(pairs, (np.int32(0), k), (2, n), allow_negative_indices=False) for k, n in at
+        ]
 
     def opaque(pairs, seed):
         number = functools.partial(_mesh.typed_like, like=pairs)
 
-        def known() -> tuple[jax.Array, list[Any], list[jax.Array]]:
-            return pairs, [] if few else [number(np.int32(row)) for row in rows], parts(pairs)
+        def known() -> tuple[jax.Array, list[Any]]:
+            return pairs, [number(np.int32(row)) for row in wanted]
 
-        def never() -> tuple[jax.Array, list[Any], list[jax.Array]]:
-            none = number(jnp.zeros_like(pairs))
-            return none, [] if few else [number(np.int32(0))] * len(rows), parts(none)
+        def never() -> tuple[jax.Array, list[Any]]:
+            return number(jnp.zeros_like(pairs)), [number(np.int32(0))] * len(wanted)
 
-        return lax.cond(seed != -1, known, never)
+        pairs, indices = lax.cond(seed != -1, known, never)
+        starts = indices[len(wanted) - len(ends) :]
+        # In a conditional of their own, or kernels that scale would look factors up entry by entry.
+        own = lax.cond(
+            seed != -1,
+            lambda: parts(pairs, starts),
+            lambda: [jnp.zeros_like(x) for x in parts(pairs, starts)],
+        )
+        return pairs, indices[: len(wanted) - len(ends)], own
 
     def plain(pairs, seed):
         del seed
-        return pairs, [] if few else [jnp.int32(row) for row in rows], parts(pairs)
+        return pairs, [] if few else [jnp.int32(row) for row in rows], parts(pairs, list(ends))
 
     pairs, indices, own = lax.platform_dependent(pairs, seed, cpu=opaque, default=plain)
     return pairs, dict(zip(rows, rows if few else indices, strict=True)), dict(zip(ends, own, strict=True))
