@@ -22,11 +22,15 @@ Of: TypeAlias = Callable[[Sequence[Block]], jax.Array]
 
 
 def split_axes(blocks: Sequence[Block]) -> tuple[str, ...]:
-    """The mesh axes, not manual, that some block is known to be split over.
+    """The mesh axes, not manual, that some block is known to be split over: those to make manual.
 
     Of the explicit ones, an axis that `vmap` took away is none of them.
     """
-    return tuple(sorted({name for block in blocks for names in _along(block) for name in names}))
+    axes = {name for block in blocks for names in _along(block) for name in names}
+    if any(block.laid for block in blocks) and not _mesh.PARTLY:
+        kinds = _mesh.kinds_of(_mesh.mesh_of(block.array for block in blocks))
+        axes |= {name for name, kind in kinds.items() if kind == AxisType.Auto}
+    return tuple(sorted(axes))
 
 
 def by_device(

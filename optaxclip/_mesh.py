@@ -9,6 +9,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 Along: TypeAlias = tuple[tuple[str, ...], ...]  # mesh axes, for each axis of an array
+# JAX up to 0.8 cannot constrain how values are split where only some axes are manual.
+PARTLY = hasattr(jax.lax, "pcast")
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:

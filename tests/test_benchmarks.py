@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from typer.testing import CliRunner
+from versions import OLD_JAX
 
 from benchmarks import (
     c_loop,
@@ -153,6 +154,8 @@ def temporary():
 @pytest.mark.parametrize("name", ["global", "layerwise", "leafwise"])
 def test_temporary_memory_is_no_more_than_optaxs(temporary, program, dtype, name):
     """Neither a clipped AdamW step nor the clip alone needs more memory than with Optax's global clipping."""
+    if OLD_JAX and dtype == "bfloat16":
+        pytest.skip("older compilers write more to memory")
     slack = 0.02  # of the gradients: vectors with a number per group
     assert temporary(program, name, dtype) <= temporary(program, "optax_global", dtype) + slack
 

@@ -563,7 +563,8 @@ def test_examples_of_split_parameters_under_jit(specs):
     compiled = jax.jit(tx.update).lower(sharded, tx.init(params)).compile()
     found, expected = compiled(sharded, tx.init(params)), alone.update(examples, alone.init(params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), found, expected)
-    assert max(sum(sizes) for sizes in collectives(compiled).values()) <= 2 * examples["w"][0].size
+    if not OLD_JAX or specs is None:  # JAX 0.7 makes the batch's axis manual too
+        assert max(sum(sizes) for sizes in collectives(compiled).values()) <= 2 * examples["w"][0].size
 
 
 @pytest.mark.parametrize("kind", MESHES)
