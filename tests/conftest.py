@@ -17,3 +17,13 @@ def strict_promotion():
     """Arrays of different dtypes or ranks meet only where the code says so; examples in docs are free."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_dropped(request):
+    """What a module compiled goes with it: a process may map only so many programs into its memory."""
+    yield
+    for value in vars(request.module).values():
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()
+    jax.clear_caches()
