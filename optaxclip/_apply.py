@@ -137,16 +137,16 @@ def table_of(part: Partition, options: Options) -> Table:
     if not any(splits):
         return part.table
     sizes = np.zeros(len(part.table.names))
-    for leaf, place, axes in zip(part.leaves, part.places, splits, strict=True):
-        if place is not None and place.measured:
-            count = math.prod(leaf.shape[axis] for axis in place.axes)
-            sizes[place.first : place.first + count] += leaf.size // count * _mesh.axis_size(axes)
+    for k, place in part.measured.items():
+        leaf = part.leaves[k]
+        count = math.prod(leaf.shape[axis] for axis in place.axes)
+        sizes[place.first : place.first + count] += leaf.size // count * _mesh.axis_size(splits[k])
     return part.table._replace(sizes=sizes)
 
 
 def measured(part: Partition, leaves: Sequence[Any], table: Table, options: Options) -> Measured:
     """Measures the rows of a partition, on its own leaves or on others of the same shapes."""
-    chosen = {k: place for k, place in enumerate(part.places) if place is not None and place.measured}
+    chosen = part.measured
     wide = any(jnp.finfo(jax.dtypes.canonicalize_dtype(part.leaves[k].dtype)).bits == 64 for k in chosen)
     splits, laid = axes_of(part, leaves, options.split), laid_out(part, leaves, options.split)
     return measure(

@@ -80,7 +80,7 @@ def tracked_axes(axes: Iterable[str]) -> frozenset[str]:
 
 def is_tracked(mesh: AbstractMesh) -> bool:
     """Whether JAX keeps track of what varies over the manual axes of a mesh, if it has some."""
-    manual = [k for k, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Manual]
+    manual = [name for name, kind in kinds_of(mesh).items() if kind == AxisType.Manual]
     return tracked_axes(manual) == frozenset(manual)
 
 

@@ -47,6 +47,11 @@ class Partition(NamedTuple):
     places: tuple[Place | None, ...]
     table: Table
 
+    @property
+    def measured(self) -> dict[int, Place]:
+        """The places of the leaves that count in norms, by their numbers."""
+        return {k: place for k, place in enumerate(self.places) if place is not None and place.measured}
+
 
 def named_leaves(tree: PyTree, names: tuple[str, ...] | None = None) -> list[Leaf]:
     """The leaves of a tree with their normalised paths; a path that occurs again gets `#2`, `#3`."""

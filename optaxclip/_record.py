@@ -221,7 +221,7 @@ def _counted(histogram: jax.Array, norm: jax.Array) -> jax.Array:
 
 def _entries(part: Partition, options: Options, bad: jax.Array) -> jax.Array:
     """How many entries of each row are NaN or infinite, int32; nothing is read where none is."""
-    chosen = {k: place for k, place in enumerate(part.places) if place is not None and place.measured}
+    chosen = part.measured
     arrays, places = [jnp.asarray(part.leaves[k]) for k in chosen], list(chosen.values())
     # Small leaves are merged: every array that a loop is handed takes time, whether it is read or not.
     splits, laid = axes_of(part, part.leaves, options.split), laid_out(part, part.leaves, options.split)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -93,12 +93,13 @@ def scale(
       drop: whether a factor of 0 makes zeros of entries that are not finite.
       dtype: what comes out, complex where a leaf is; by default the leaf's own.
     """
-    counts = [
-        math.prod(leaf.shape[a] for a in place.axes) for leaf, place in zip(leaves, places, strict=True)
-    ]
-    ends = {place.first: place.first + n for place, n in zip(places, counts, strict=True) if place.axes}
+    counts = {
+        place.first: math.prod(leaf.shape[axis] for axis in place.axes)
+        for leaf, place in zip(leaves, places, strict=True)
+        if place.axes
+    }
     single = list(dict.fromkeys(place.first for place in places if not place.axes))
-    pairs, rows, several = _apart(jnp.stack([first, then]), single, ends, seed)
+    pairs, rows, several = _apart(jnp.stack([first, then]), single, counts, seed)
     # All are traced once for leaves that are alike.
     times_pair = jax.jit(functools.partial(_times, drop=drop, dtype=dtype))
     times_row = jax.jit(functools.partial(_times_row, drop=drop, dtype=dtype))
@@ -184,21 +185,26 @@ def _(primals, tangents):
 
 
 def _apart(
-    pairs: jax.Array, rows: Sequence[int], ends: Mapping[int, int], seed: jax.Array
+    pairs: jax.Array, rows: Sequence[int], counts: Mapping[int, int], seed: jax.Array
 ) -> tuple[jax.Array, dict[int, int | jax.Array], dict[int, jax.Array]]:
     """The factors, the indices of rows, and some factors by themselves, of which XLA on CPU knows nothing.
 
     It would fuse all that makes the factors into every kernel that reads from them, and with a known index no
     two of these kernels would be the same: each would be compiled. What comes out of a conditional stays
     apart, and kernels for leaves of the same shape are compiled once.
+
+    Args:
+      pairs: the factors, `(2, rows)`.
+      rows: the rows that are read one at a time.
+      counts: how many factors are to stand by themselves, from each of some rows on.
+      seed: any number that is never -1.
     """
     pairs = _mesh.replicate(pairs)
     few = len(rows) <= FEW
-    wanted = [*([] if few else rows), *ends]
+    hidden = [] if few else rows
 
-    def parts(pairs: jax.Array, starts: Sequence[Any]) -> list[jax.Array]:
-        sizes = [end - start for start, end in ends.items()]
-        at = zip(starts, sizes, strict=True)
+    def cut(pairs: jax.Array, starts: Iterable[Any]) -> list[jax.Array]:
+        at = zip(starts, counts.values(), strict=True)
         return [
             lax.dynamic_slice(pairs, (np.int32(0), k), (2, n), allow_negative_indices=False) for k, n in at
         ]
@@ -206,25 +212,25 @@ def _apart(
     def opaque(pairs, seed):
         number = functools.partial(_mesh.typed_like, like=pairs)
 
-        def known() -> tuple[jax.Array, list[Any]]:
-            return pairs, [number(np.int32(row)) for row in wanted]
+        def known() -> tuple[jax.Array, list[Any], list[Any]]:
+            return pairs, [number(np.int32(row)) for row in hidden], [number(np.int32(row)) for row in counts]
 
-        def never() -> tuple[jax.Array, list[Any]]:
-            return number(jnp.zeros_like(pairs)), [number(np.int32(0))] * len(wanted)
+        def never() -> tuple[jax.Array, list[Any], list[Any]]:
+            none = number(np.int32(0))
+            return number(jnp.zeros_like(pairs)), [none] * len(hidden), [none] * len(counts)
 
-        pairs, indices = lax.cond(seed != -1, known, never)
-        starts = indices[len(wanted) - len(ends) :]
+        pairs, indices, starts = lax.cond(seed != -1, known, never)
         # In a conditional of their own, or kernels that scale would look factors up entry by entry.
         own = lax.cond(
             seed != -1,
-            lambda: parts(pairs, starts),
-            lambda: [jnp.zeros_like(x) for x in parts(pairs, starts)],
+            lambda: cut(pairs, starts),
+            lambda: jax.tree.map(jnp.zeros_like, cut(pairs, starts)),
         )
-        return pairs, indices[: len(wanted) - len(ends)], own
+        return pairs, indices, own
 
     def plain(pairs, seed):
         del seed
-        return pairs, [] if few else [jnp.int32(row) for row in rows], parts(pairs, list(ends))
+        return pairs, [jnp.int32(row) for row in hidden], cut(pairs, counts)
 
     pairs, indices, own = lax.platform_dependent(pairs, seed, cpu=opaque, default=plain)
-    return pairs, dict(zip(rows, rows if few else indices, strict=True)), dict(zip(ends, own, strict=True))
+    return pairs, dict(zip(rows, rows if few else indices, strict=True)), dict(zip(counts, own, strict=True))

@@ -93,7 +93,7 @@ def axes_of(part: Partition, leaves: Sequence[Any], split: Split) -> tuple[Axes,
       ValueError: if a measured leaf varies over an axis and nothing was told, if what was told is not what
         JAX knows or would add up rows of different groups, or if no specification is for the leaf.
     """
-    varying = {k: _mesh.varying_axes(leaves[k]) for k in _measured(part)}
+    varying = {k: _mesh.varying_axes(leaves[k]) for k in part.measured}
     if split.axis_name is None and split.specs is None:
         _check_whole(part, varying, split.where)
         return ((),) * len(leaves)
@@ -119,18 +119,13 @@ def laid_out(part: Partition, leaves: Sequence[Any], split: Split) -> tuple[Alon
     Raises:
       ValueError: if there is no specification for a leaf, or one that the leaf's shape does not allow.
     """
-    measured = _measured(part)
-    sizes = split.automatic([leaves[k] for k in measured])
+    sizes = split.automatic([leaves[k] for k in part.measured])
     found: list[Along] = [()] * len(leaves)
     if sizes and split.specs is not None:
         specs = _by_leaf(part, split.where, split.specs)
-        for k in measured:
+        for k in part.measured:
             found[k] = _laid(part.paths[k], leaves[k].shape, specs[k], split.where, sizes)
     return tuple(found)
-
-
-def _measured(part: Partition) -> list[int]:
-    return [k for k, place in enumerate(part.places) if place is not None and place.measured]
 
 
 def _laid(path: str, shape: tuple[int, ...], spec: PartitionSpec, where: str, sizes: dict[str, int]) -> Along:

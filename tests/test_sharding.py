@@ -450,10 +450,15 @@ def test_some_axes_manual_and_others_automatic():
 
 @pytest.mark.skipif(OLD_JAX, reason="JAX 0.7 cannot constrain shardings where only some axes are manual")
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_some_axes_manual_and_others_explicit(check_vma):
-    """Where shard_map takes only some axes, both are summed over at once, by axis_name and by type."""
-    mesh, tx = mesh_of("explicit"), METHODS["layer"](axis_name="data")
+@pytest.mark.parametrize("kind", KNOWN)
+def test_some_axes_manual_and_others_known(kind, check_vma):
+    """Where shard_map takes only some axes, both are summed over at once.
+
+    The manual axes are those of axis_name, and types tell of the others; or specs name both.
+    """
     layout = {"dense": {"kernel": P("data", "model"), "bias": P("data")}}
+    split = {"explicit": {"axis_name": "data"}, "told": {"specs": layout}}
+    mesh, tx = mesh_of(kind), METHODS["layer"](**split[kind])
     grads = {"dense": {"kernel": GRADS["head"]["kernel"], "bias": GRADS["embed"]["table"][:, 0]}}
     manual = jax.tree.map(lambda spec: P("data"), layout, is_leaf=is_spec)
     mapped = by_hand_over_data(tx, mesh, manual, check_vma=check_vma)
@@ -474,21 +479,6 @@ def test_one_axis_explicit_and_another_automatic(method):
     assert_same(
         jax.jit(tx.update)(grads, tx.init(grads)), on_one_device(method)(GRADS, tx.init(PARAMS), PARAMS)
     )
-
-
-@pytest.mark.skipif(OLD_JAX, reason="JAX 0.7 cannot constrain shardings where only some axes are manual")
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_some_axes_manual_and_others_told(check_vma):
-    """Where shard_map takes only some axes, specs name both: manual ones, and those of the compiler."""
-    mesh, layout = mesh_of("auto"), {"dense": {"kernel": P("data", "model"), "bias": P("data")}}
-    tx, alone = METHODS["layer"](specs=layout), METHODS["layer"]()
-    grads = {"dense": {"kernel": GRADS["head"]["kernel"], "bias": GRADS["embed"]["table"][:, 0]}}
-    manual = jax.tree.map(lambda spec: P("data"), layout, is_leaf=is_spec)
-    mapped = by_hand_over_data(tx, mesh, manual, check_vma=check_vma)
-    sharded = put(grads, mesh, layout)
-    compiled = jax.jit(mapped).lower(sharded).compile()
-    assert_same(compiled(sharded), jax.jit(alone.update)(grads, alone.init(grads)))
-    assert len(collectives(compiled)["all-reduce"]) == 2  # for the kernel and for the bias
 
 
 @pytest.mark.parametrize("specs", ["fsdp", "tensor"])
