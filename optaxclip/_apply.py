@@ -126,7 +126,7 @@ def looked_at(
     if rule.needs_params:
         if params is None:
             raise ValueError(_checks.NO_PARAMS)
-        matched = matching(part, params, options.groups.names, "limits.relative")
+        matched = matching(part, params, options.groups.names, options.split.where)
         of_params = measured(part, matched, table, options).norm.astype(norm.dtype)
     return found, Context(step, table, options.norm, options.response, total, of_params)
 

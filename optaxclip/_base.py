@@ -117,7 +117,7 @@ class Context(NamedTuple):
     norm: Norm
     response: "Response"
     total: Float[Array, ""]
-    params: Float[Array, "rows"] | None
+    params: Float[Array, " rows"] | None
 
 
 class Limit(NamedTuple):

@@ -1,7 +1,6 @@
 """Gradients without their mean."""
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,16 +9,15 @@ import optax
 
 from optaxclip import _layouts, _mesh, groups as _groups
 from optaxclip._base import Leaf, PyTree
+from optaxclip._layouts import Axes
 from optaxclip._partition import Place, partition
 from optaxclip._read import times, widen
 from optaxclip._split import AxisName, axes_of, told
 from optaxclip._walk import across, number, real_dtype, together
 
-Axes = int | Sequence[int]
-
 
 def centralize(
-    axis: Axes | Mapping[str, Axes] | None = None, *, axis_name: AxisName = None, specs: PyTree = None
+    axis: Axes = None, *, axis_name: AxisName = None, specs: PyTree = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Subtracts from each output unit of each array the mean of its entries: gradient centralisation.
 
@@ -40,8 +38,9 @@ def centralize(
 
     Args:
       axis: the axes that the mean runs over, for all arrays of rank 2 or more, negative ones counted from the
-        end; or a dict from pattern to axes, where the first pattern found in the path wins and the rest gets
-        the default. PyTorch's and Equinox's `(out, in)` need `axis=1`; no axes, `()`, leave an array alone.
+        end; or the name of a framework, as in `groups.unit`, whose biases and scales of any rank are left
+        alone; or a dict from pattern to one of these, where the first pattern found in the path wins and the
+        rest gets the default. PyTorch's `(out, in)` needs `axis=1`; no axes, `()`, leave an array alone.
       axis_name: inside `shard_map` or `pmap`, the mesh axes that the entries of a unit are split over, which
         are those of the inputs; see `rescale_by_norm`. Mesh axes that split the outputs must not be among
         them: each device has units of its own along these. Where one splits the inputs of some arrays and
@@ -55,8 +54,9 @@ def centralize(
 
     Raises:
       TypeError: if an axis is not an integer, or a pattern not a str.
-      ValueError: if a pattern does not compile; in `init`, if an axis is out of range or a rank above 6 has
-        no axes; in `update`, inside `shard_map`, as in `rescale_by_norm`.
+      ValueError: if a pattern does not compile or the framework is not known; in `init`, if an axis is out
+        of range or, without a framework, a rank above 6 has no axes; in `update`, inside `shard_map`, as in
+        `rescale_by_norm`.
 
     References:
       Yong et al., [Gradient Centralization](https://arxiv.org/abs/2004.01461), 2020. `optax.centralize` means
@@ -71,25 +71,19 @@ def centralize(
     """
     where = "centralize"
     split = told(where, axis_name, specs)
-    by_pattern = axis if isinstance(axis, Mapping) else {"": axis}
-    rules = [
-        (_groups._compiled(where, pattern), _groups._axes(where, axes))
-        for pattern, axes in by_pattern.items()
-    ]
+    chosen = _layouts.chosen(where, axis)
 
     def mean_over(leaf: Leaf) -> tuple[int, ...]:
         rank = len(leaf.shape)
         if rank < 2:
             return ()
-        axes = next((axes for pattern, axes in rules if pattern.search(leaf.path)), None)
-        axes = _layouts.by_rank(where, leaf) if axes is None else axes
-        for a in axes:
-            if not -rank <= a < rank:
-                raise ValueError(
-                    f"{where}: axis {a} is out of range at leaf {leaf.path!r}, which has shape {leaf.shape}. "
-                    "Pass axes by pattern."
-                )
-        return tuple(a % rank for a in axes)
+        axes = chosen(leaf)
+        if isinstance(axes, tuple):
+            return tuple(_layouts.in_range(where, a, leaf) for a in axes)
+        if axes is None:
+            return _layouts.by_rank(where, leaf)
+        outputs = _layouts.outputs(leaf, axes)
+        return tuple(a for a in range(rank) if a not in outputs) if outputs else ()
 
     def init(params: PyTree) -> optax.EmptyState:
         part = partition(_groups.whole(), params)
@@ -114,7 +108,7 @@ def centralize(
         for k, (leaf, axes) in enumerate(zip(part.leaves, means, strict=True)):
             count = math.prod(leaf.shape[a] for a in axes) * _mesh.axis_size(splits[k])
             if count > 1:
-                chosen[k] = _Unit(widen(leaf, real_dtype(leaf)), axes, count)
+                chosen[k] = _Unit(widen(jnp.asarray(leaf), real_dtype(leaf)), axes, count)
         totals = across(jax.lax.psum, {k: unit.total() for k, unit in chosen.items()}, part.leaves, splits)
         return together(part, {k: unit.without(totals[k]) for k, unit in chosen.items()}), state
 

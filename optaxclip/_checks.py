@@ -1,50 +1,17 @@
 """Argument checks, so that errors have one voice: where, what was wrong, what to do."""
 
-import functools
 import math
-import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ParamSpec, TypeGuard, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-# How errors begin in what a named method is made of: where, and the argument at fault.
-INSIDE = re.compile(r"(?:rescale_by_norm|groups\.\w+|limits\.\w+|responses\.\w+): (\w+)")
-
 NO_PARAMS = (
     "You are using a transformation that requires the current value of parameters, but you are not passing "
     "`params` when calling `update`."
 )
-
-
-def named(**own: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Lets a method's errors name the method and its own arguments, not what it is made of.
-
-    Args:
-      own: from the name of an argument inside to the method's name for it, where they differ.
-    """
-
-    def wrap(method: Callable[P, R]) -> Callable[P, R]:
-        @functools.wraps(method)
-        def called(*args: P.args, **kwargs: P.kwargs) -> R:
-            try:
-                return method(*args, **kwargs)
-            except (TypeError, ValueError) as error:
-                text = str(error)
-                found = INSIDE.match(text)
-                if found is None:
-                    raise
-                name = own.get(found[1], found[1])
-                raise type(error)(f"{method.__name__}: {name}{text[found.end() :]}") from None
-
-        return called
-
-    return wrap
 
 
 def is_number(value: Any) -> TypeGuard[float]:

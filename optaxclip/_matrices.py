@@ -2,24 +2,23 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip import _checks, _mesh, _singular, groups as _groups
+from optaxclip import _checks, _layouts, _mesh, _singular, groups as _groups
 from optaxclip._apply import Nonfinite, reported, whole_of
 from optaxclip._base import Context, Leaf, Limit, PyTree, Response, Stats
+from optaxclip._layouts import Axes
 from optaxclip._measure import TINY, Measured, merge
 from optaxclip._partition import Partition, Place, matching, partition
 from optaxclip._read import widen, without_nan
 from optaxclip._rescale import blank, counted
 from optaxclip._scale import Factors, factors, scale
 from optaxclip._singular import View
-
-Axes: TypeAlias = int | Sequence[int] | Mapping[str, int | Sequence[int]] | None
 
 COLD = 8  # iterations where no vector is remembered
 
@@ -145,29 +144,24 @@ def transformation(method: Method, axes: Axes, stacked: str | None) -> optax.Gra
 
 def _views(where: str, axes: Axes) -> Callable[[Partition], dict[int, View]]:
     """The axes of the matrices, by the number of the leaf; ranks 0 and 1 have none."""
-    by_pattern = axes if isinstance(axes, Mapping) else {"": axes}
-    rules = [
-        (_groups._compiled(where, pattern), _groups._axes(where, own)) for pattern, own in by_pattern.items()
-    ]
+    chosen = _layouts.chosen(where, axes, "axes")
 
     def view(leaf: Leaf) -> View | None:
         rank = len(leaf.shape)
         if rank < 2:
             return None
-        own = next((own for pattern, own in rules if pattern.search(leaf.path)), None)
+        own = chosen(leaf)
+        if isinstance(own, str):
+            own = _layouts.outputs(leaf, own)
+            if not own:
+                return None  # a bias or a scale
         own = (-1,) if own is None else own
         if not own:
             raise ValueError(
                 f"{where}: no axis of leaf {leaf.path!r}, of shape {leaf.shape}, is an output. Name one at "
                 "least."
             )
-        for axis in own:
-            if not -rank <= axis < rank:
-                raise ValueError(
-                    f"{where}: axis {axis} is out of range at leaf {leaf.path!r}, which has shape "
-                    f"{leaf.shape} for a matrix. Pass axes by pattern."
-                )
-        outputs = {axis % rank for axis in own}
+        outputs = {_layouts.in_range(where, axis, leaf) for axis in own}
         if len(outputs) == rank:
             raise ValueError(
                 f"{where}: all axes of leaf {leaf.path!r}, of shape {leaf.shape}, are outputs. Leave one of "

@@ -1,23 +1,23 @@
 """Published methods by name, each one return statement. `docs/methods.md` has them in one table."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
 import optax
 
-from optaxclip import _checks, groups as _groups, limits, norms, responses
+from optaxclip import groups as _groups, limits, norms, responses
 from optaxclip._apply import Nonfinite
 from optaxclip._base import Groups, PyTree
-from optaxclip._rescale import rescale_by_norm
+from optaxclip._layouts import Axes
+from optaxclip._rescale import named, rescale_by_norm
 from optaxclip._split import AxisName
 from optaxclip.limits import LimitLike, as_limit
 
 Transformation: TypeAlias = optax.GradientTransformationExtraArgs
-Axis: TypeAlias = _groups.Axis | Mapping[str, _groups.Axis]
 
 
-@_checks.named()
+@named()
 def clip_by_global_norm(
     max_norm: LimitLike,
     *,
@@ -64,7 +64,7 @@ def clip_by_global_norm(
     )
 
 
-@_checks.named()
+@named()
 def clip_by_layerwise_norm(
     max_norm: LimitLike,
     *,
@@ -109,7 +109,7 @@ def clip_by_layerwise_norm(
     )
 
 
-@_checks.named()
+@named()
 def clip_by_leafwise_norm(
     max_norm: LimitLike,
     *,
@@ -153,7 +153,7 @@ def clip_by_leafwise_norm(
     )
 
 
-@_checks.named()
+@named()
 def clip_by_groupwise_norm(
     max_norm: LimitLike,
     groups: Groups,
@@ -199,10 +199,10 @@ def clip_by_groupwise_norm(
     )
 
 
-@_checks.named()
+@named()
 def clip_by_unitwise_norm(
     max_norm: LimitLike,
-    axis: Axis = None,
+    axis: Axes = None,
     *,
     eps: jax.typing.ArrayLike = 0.0,
     nonfinite: Nonfinite = "propagate",
@@ -246,7 +246,7 @@ def clip_by_unitwise_norm(
     )
 
 
-@_checks.named()
+@named()
 def clip_by_block_rms(
     threshold: LimitLike,
     *,
@@ -295,11 +295,11 @@ def clip_by_block_rms(
     )
 
 
-@_checks.named(ratio="clipping", floor="eps")
+@named(ratio="clipping", floor="eps")
 def adaptive_grad_clip(
     clipping: float | jax.Array | Callable[[Any], Any],
     eps: float | jax.Array = 1e-3,
-    axis: Axis = None,
+    axis: Axes = None,
     *,
     groups: Groups | None = None,
     nonfinite: Nonfinite = "propagate",
@@ -354,7 +354,7 @@ def adaptive_grad_clip(
     )
 
 
-@_checks.named()
+@named()
 def normalize_by_global_norm(
     norm: LimitLike = 1.0,
     *,
@@ -403,7 +403,7 @@ def normalize_by_global_norm(
     )
 
 
-@_checks.named()
+@named()
 def normalize_by_layerwise_norm(
     norm: LimitLike = 1.0,
     *,

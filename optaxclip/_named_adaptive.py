@@ -6,10 +6,10 @@ from typing import Any, Literal, TypeAlias
 import jax
 import optax
 
-from optaxclip import _checks, groups as _groups, limits, responses
+from optaxclip import groups as _groups, limits, responses
 from optaxclip._apply import Nonfinite
 from optaxclip._base import Groups, PyTree
-from optaxclip._rescale import rescale_by_norm
+from optaxclip._rescale import named, rescale_by_norm
 from optaxclip._split import AxisName
 from optaxclip.limits import LimitLike, as_limit
 
@@ -26,7 +26,7 @@ def _module_type(path: str, leaf: object) -> str:
 MODULE_TYPES = _groups.labels(_module_type)
 
 
-@_checks.named(q="percentile")
+@named(q="percentile")
 def autoclip(
     percentile: Number = 10.0,
     window: int | None = None,
@@ -83,7 +83,7 @@ def autoclip(
     )
 
 
-@_checks.named(q="percentile")
+@named(q="percentile")
 def quantile_clip(
     percentile: Number = 90.0,
     window: int = 1000,
@@ -138,7 +138,7 @@ def quantile_clip(
     )
 
 
-@_checks.named()
+@named()
 def zclip(
     decay: Number = 0.97,
     z: Number = 2.5,
@@ -220,7 +220,7 @@ def _capped(limit: LimitLike, most: LimitLike | None) -> LimitLike:
     return limit if most is None else limits.at_most(limit, as_limit(most, "zclip", "max_norm"))
 
 
-@_checks.named()
+@named()
 def adagc(
     slack: Number = 1.04,
     decay: Number = 0.99,
@@ -281,7 +281,7 @@ def adagc(
     )
 
 
-@_checks.named()
+@named()
 def clip_by_historical_norm(
     k: Number = 3.0,
     window: int = 128,
@@ -335,7 +335,7 @@ def clip_by_historical_norm(
     )
 
 
-@_checks.named()
+@named()
 def clip_by_adaptive_quantile(
     target: Number = 0.5,
     rate: Number = 0.2,
@@ -392,7 +392,7 @@ def clip_by_adaptive_quantile(
     )
 
 
-@_checks.named()
+@named()
 def aggc(
     low: Number | Callable[[Any], Any] = 1.0,
     high: Number | Callable[[Any], Any] = 1.0,
@@ -459,7 +459,7 @@ def aggc(
     )
 
 
-@_checks.named()
+@named()
 def adanorm(
     decay: Number = 0.95,
     *,
@@ -509,7 +509,7 @@ def adanorm(
     )
 
 
-@_checks.named()
+@named()
 def gradient_stabilizer(
     first: Number = 0.7,
     second: Number = 0.9,
@@ -565,7 +565,7 @@ def gradient_stabilizer(
     )
 
 
-@_checks.named()
+@named()
 def normalize_by_running_norm(
     decay: Number = 0.25,
     eps: Number = 1e-6,

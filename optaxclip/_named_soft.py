@@ -5,10 +5,10 @@ from typing import Literal, TypeAlias
 import jax
 import optax
 
-from optaxclip import _checks, groups as _groups, responses
+from optaxclip import groups as _groups, responses
 from optaxclip._apply import Nonfinite
 from optaxclip._base import Groups, PyTree
-from optaxclip._rescale import rescale_by_norm
+from optaxclip._rescale import named, rescale_by_norm
 from optaxclip._split import AxisName
 from optaxclip.limits import LimitLike, as_limit
 
@@ -16,7 +16,7 @@ Transformation: TypeAlias = optax.GradientTransformationExtraArgs
 Number: TypeAlias = float | jax.Array
 
 
-@_checks.named(eps="gamma")
+@named(eps="gamma")
 def automatic_clip(
     max_norm: LimitLike = 1.0,
     gamma: Number = 0.01,
@@ -68,7 +68,7 @@ def automatic_clip(
     )
 
 
-@_checks.named()
+@named()
 def psac_clip(
     max_norm: LimitLike = 1.0,
     r: Number = 0.1,
@@ -119,7 +119,7 @@ def psac_clip(
     )
 
 
-@_checks.named(floor="delta")
+@named(floor="delta")
 def delta_clip(
     max_norm: LimitLike = 0.1,
     delta: Number = 1e-3,
@@ -173,7 +173,7 @@ def delta_clip(
     )
 
 
-@_checks.named()
+@named()
 def smooth_clip(
     max_norm: LimitLike = 1.0,
     kind: Literal["rational", "sqrt"] = "rational",

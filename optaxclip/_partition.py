@@ -142,7 +142,7 @@ def row_names(group: str, shape: tuple[int, ...]) -> list[str]:
     return [f"{group}[{','.join(map(str, index))}]" for index in np.ndindex(shape)]
 
 
-def matching(part: Partition, other: PyTree, names: tuple[str, ...] | None, what: str) -> list[Any]:
+def matching(part: Partition, other: PyTree, names: tuple[str, ...] | None, where: str) -> list[Any]:
     """The leaves of another tree at the paths of this one, checked to have the same shapes.
 
     Only grouped leaves are looked up; in place of the others stands None. Matching by path lets the two
@@ -156,10 +156,10 @@ def matching(part: Partition, other: PyTree, names: tuple[str, ...] | None, what
             continue
         value = by_path.get(path)
         if value is None or jnp.shape(value) != jnp.shape(leaf):
-            got = "has none" if value is None else f"has shape {jnp.shape(value)} there"
+            got = "none" if value is None else f"shape {jnp.shape(value)} there"
             raise ValueError(
-                f"{what}: the update's leaf {path!r} has shape {jnp.shape(leaf)}, the tree {got}. "
-                "Pass the parameters that the updates belong to."
+                f"{where}: the update's leaf {path!r} has shape {jnp.shape(leaf)}, the parameters have "
+                f"{got}. Pass the parameters that the updates belong to."
             )
         found.append(jnp.asarray(value))
     return found

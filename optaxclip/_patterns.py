@@ -73,6 +73,14 @@ def compiled(where: str, what: str, pattern: str | re.Pattern) -> re.Pattern:
     return made
 
 
+def found_in_paths(where: str, pattern: Any) -> re.Pattern:
+    """A pattern that is searched for in paths, or an error."""
+    if not isinstance(pattern, str | re.Pattern):
+        raise TypeError(f"{where}: the pattern {pattern!r} is of type {type(pattern).__name__}. Pass a str.")
+    text = pattern if isinstance(pattern, str) else pattern.pattern
+    return compiled(where, f"the pattern {text!r}", pattern)
+
+
 def _open(part: Part, follow: Characters = frozenset(), times: int = 1) -> int:
     """How many choices the next character leaves open, each counted as often as it may come up.
 

@@ -1,7 +1,10 @@
 """The engine: measure each group, hold it against its limit, multiply it by what the response says."""
 
 import dataclasses
-from typing import Any, NamedTuple
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,11 @@ from optaxclip._base import Groups, Limit, Norm, PyTree, Response, Stats
 from optaxclip._partition import partition
 from optaxclip._split import AxisName
 from optaxclip.limits import LimitLike, as_limit
+
+P = ParamSpec("P")
+
+# How errors begin in what a named method is made of: where, and the argument at fault.
+INSIDE = re.compile(r"(?:rescale_by_norm|groups\.\w+|limits\.\w+|responses\.\w+): (\w+)")
 
 
 class RescaleState(NamedTuple):
@@ -85,7 +93,7 @@ class Policy:
         """The rescaled updates, and the new state."""
         del extra_args
         part = partition(self.options.groups, updates)
-        _checks.same_rows("rescale_by_norm", part.table.names, state.norm.shape)
+        _checks.same_rows(self.options.split.where, part.table.names, state.norm.shape)
         step = jnp.asarray(optax.safe_increment(state.step))
         if not part.table.names:
             return updates, state._replace(step=step)
@@ -99,11 +107,44 @@ class Policy:
         )
         return jax.tree.unflatten(part.treedef, done.leaves), new
 
+    def called(self, where: str) -> optax.GradientTransformationExtraArgs:
+        """The transformation of this policy, whose errors say that they are of `where`."""
+        split = self.options.split._replace(where=where)
+        policy = dataclasses.replace(self, options=self.options._replace(split=split))
+        return optax.GradientTransformationExtraArgs(policy.init, policy.update)
+
 
 def policy_of(transformation: Any) -> Policy | None:
     """The policy that a transformation was made of, if `rescale_by_norm` made it."""
     owner = getattr(getattr(transformation, "update", None), "__self__", None)
     return owner if isinstance(owner, Policy) else None
+
+
+def named(**own: str) -> Callable[[Callable[P, Any]], Callable[P, optax.GradientTransformationExtraArgs]]:
+    """Lets a method's errors name the method and its own arguments, not what it is made of.
+
+    Args:
+      own: from the name of an argument inside to the method's name for it, where they differ.
+    """
+
+    def wrap(method: Callable[P, Any]) -> Callable[P, optax.GradientTransformationExtraArgs]:
+        @functools.wraps(method)
+        def called(*args: P.args, **kwargs: P.kwargs) -> optax.GradientTransformationExtraArgs:
+            try:
+                made = method(*args, **kwargs)
+            except (TypeError, ValueError) as error:
+                text = str(error)
+                found = INSIDE.match(text)
+                if found is None:
+                    raise
+                name = own.get(found[1], found[1])
+                raise type(error)(f"{method.__name__}: {name}{text[found.end() :]}") from None
+            policy = policy_of(made)
+            return made if policy is None else policy.called(method.__name__)
+
+        return called
+
+    return wrap
 
 
 def rescale_by_norm(
@@ -171,8 +212,7 @@ def rescale_by_norm(
     """
     where = "rescale_by_norm"
     options = checked(where, groups, norm, response, eps, nonfinite, axis_name, specs, out_dtype)
-    policy = Policy(as_limit(limit, where), options)
-    return optax.GradientTransformationExtraArgs(policy.init, policy.update)
+    return Policy(as_limit(limit, where), options).called(where)
 
 
 def rescale_tree(

@@ -30,14 +30,14 @@ class Factors(NamedTuple):
       after: the norms times the factors.
     """
 
-    factor: Float[Array, "rows"]
-    first: Float[Array, "rows"]
-    then: Float[Array, "rows"]
-    after: Float[Array, "rows"]
+    factor: Float[Array, " rows"]
+    first: Float[Array, " rows"]
+    then: Float[Array, " rows"]
+    after: Float[Array, " rows"]
 
 
 def factors(
-    measured: Measured, limit: Float[Array, "rows"], response: Response, eps: jax.typing.ArrayLike
+    measured: Measured, limit: Float[Array, " rows"], response: Response, eps: jax.typing.ArrayLike
 ) -> Factors:
     """What to multiply each row by: 1 for rows of zeros; rows that are not finite are the caller's business.
 
@@ -74,8 +74,8 @@ def factors(
 @functools.partial(jax.jit, static_argnames=("places", "drop", "dtype"))
 def scale(
     leaves: Sequence[jax.Array],
-    first: Float[Array, "rows"],
-    then: Float[Array, "rows"],
+    first: Float[Array, " rows"],
+    then: Float[Array, " rows"],
     seed: jax.Array,
     *,
     places: tuple[Place, ...],

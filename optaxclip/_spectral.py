@@ -8,7 +8,8 @@ import optax
 
 from optaxclip import _checks, _singular, responses
 from optaxclip._apply import Nonfinite
-from optaxclip._matrices import COLD, Axes, Found, Method, transformation
+from optaxclip._layouts import Axes
+from optaxclip._matrices import COLD, Found, Method, transformation
 from optaxclip.limits import LimitLike, as_limit
 
 
@@ -55,9 +56,10 @@ def clip_by_spectral_norm(
       max_norm: c, the largest singular value to allow: a number, an array of shape `()` or with one entry
         for each matrix, a schedule, or one of `optaxclip.limits`, for which every matrix is a group.
       iterations: how often a matrix is multiplied by a vector and its transpose by another, from 1.
-      axes: which axes are outputs, if not the last: an integer or several, for all leaves of rank 2 and more,
-        or a dict from pattern to axes, where the first pattern found in the path wins and the rest gets the
-        default. The layer axis of stacked leaves is not counted.
+      axes: which axes are outputs, if not the last: an integer or several, for all leaves of rank 2 and more;
+        or the name of a framework, as in `groups.unit`, whose biases and scales of any rank are scaled by
+        their L2 norm; or a dict from pattern to one of these, where the first pattern found in the path wins
+        and the rest gets the default. The layer axis of stacked leaves is not counted.
       stacked: a regular expression that is found in the paths of leaves whose axis 0 counts layers: each of
         these has a matrix of its own.
       nonfinite: `"propagate"` makes all of a matrix NaN, `"zero"` makes zeros of it; others are untouched.

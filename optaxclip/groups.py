@@ -16,6 +16,7 @@ import jax
 
 from optaxclip import _checks, _layouts, _paths, _patterns
 from optaxclip._base import Groups, Leaf, Member
+from optaxclip._layouts import Axes
 
 __all__ = [
     "depth",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 ROOT = "(root)"  # the layer of arrays at the top of the tree; no path can be called so
+_APART = ", or keep the leaf out with groups.regex"
 
 
 def measured_only(name: str) -> Member:
@@ -150,13 +152,6 @@ def depth(k: int, *, names: Sequence[str] | None = None) -> Groups:
     return _by_leaf("groups.depth", lambda leaf: Member("/".join(leaf.keys[:k]) or ROOT), names)
 
 
-def _compiled(where: str, pattern: Any) -> re.Pattern:
-    if not isinstance(pattern, str | re.Pattern):
-        raise TypeError(f"{where}: the pattern {pattern!r} is of type {type(pattern).__name__}. Pass a str.")
-    text = pattern if isinstance(pattern, str) else pattern.pattern
-    return _patterns.compiled(where, f"the pattern {text!r}", pattern)
-
-
 def _named(where: str, name: Any) -> Member:
     if isinstance(name, str) and name:
         return Member(name)
@@ -209,7 +204,7 @@ def regex(
         member = _member(where, name)
         several = isinstance(patterns, Sequence) and not isinstance(patterns, str | bytes)
         for pattern in patterns if several else [patterns]:
-            compiled.append((member, _compiled(where, pattern)))
+            compiled.append((member, _patterns.found_in_paths(where, pattern)))
             _check_references(where, *compiled[-1])
     fallback = _NO_DEFAULT if default is _NO_DEFAULT else _member(where, default)
 
@@ -300,10 +295,7 @@ def _parts(keys: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(part for key in keys for part in key.split("/"))
 
 
-Axis = int | str | Sequence[int] | None
-
-
-def unit(axis: Axis | Mapping[str, Axis] = None, *, names: Sequence[str] | None = None) -> Groups:
+def unit(axis: Axes = None, *, names: Sequence[str] | None = None) -> Groups:
     """One group for each output unit of each array, as adaptive gradient clipping has it.
 
     By default the norm runs over these axes, following JAX's layouts with outputs last:
@@ -351,44 +343,17 @@ def unit(axis: Axis | Mapping[str, Axis] = None, *, names: Sequence[str] | None 
     [ 5. 13.] 1.0
     """
     where = "groups.unit"
-    by_pattern = axis if isinstance(axis, Mapping) else {"": axis}
-    rules = [(_compiled(where, pattern), _layout(where, own)) for pattern, own in by_pattern.items()]
+    chosen = _layouts.chosen(where, axis)
 
     def place(leaf: Leaf) -> Member:
-        axes = next((axes for pattern, axes in rules if pattern.search(leaf.path)), None)
+        axes = chosen(leaf)
         if isinstance(axes, tuple):
-            reduced = {_in_range(where, a, leaf) for a in axes}
+            reduced = {_layouts.in_range(where, a, leaf, _APART) for a in axes}
         else:
             reduced = _layouts.reduced(where, leaf, axes)
         return Member(leaf.path or ROOT, rows=tuple(a for a in range(len(leaf.shape)) if a not in reduced))
 
     return _by_leaf(where, place, names)
-
-
-def _layout(where: str, axis: Any) -> tuple[int, ...] | str | None:
-    if not isinstance(axis, str):
-        return _axes(where, axis)
-    _checks.one_of(where, _layouts.LAYOUTS, axis=axis)
-    return axis
-
-
-def _axes(where: str, axes: Any) -> tuple[int, ...] | None:
-    if axes is None:
-        return None
-    axes = tuple(axes) if isinstance(axes, Sequence) else (axes,)
-    for a in axes:
-        _checks.whole_number(where, axis=a, least=-64)
-    return axes
-
-
-def _in_range(where: str, axis: int, leaf: Leaf) -> int:
-    rank = len(leaf.shape)
-    if not -rank <= axis < rank:
-        raise ValueError(
-            f"{where}: axis {axis} is out of range at leaf {leaf.path!r}, which has shape {leaf.shape}. "
-            "Pass axes by pattern, or keep the leaf out with groups.regex."
-        )
-    return axis % rank
 
 
 def stacked(inner: Groups, where: str | Callable[[str], bool], axis: int = 0) -> Groups:
@@ -415,10 +380,12 @@ def stacked(inner: Groups, where: str | Callable[[str], bool], axis: int = 0) ->
     here = "groups.stacked"
     _checks.spec(here, Groups, inner=inner)
     _checks.whole_number(here, axis=axis, least=-64)
-    matches = where if callable(where) else _compiled(here, where).search
+    matches = where if callable(where) else _patterns.found_in_paths(here, where).search
 
     def assign(leaves: Sequence[Leaf]) -> list[Member | None]:
-        axes = [_in_range(here, axis, leaf) if matches(leaf.path) else None for leaf in leaves]
+        axes = [
+            _layouts.in_range(here, axis, leaf, _APART) if matches(leaf.path) else None for leaf in leaves
+        ]
         if leaves and all(a is None for a in axes):
             raise ValueError(
                 f"{here}: no leaf matches {where!r}, among {_checks.listed(leaf.path for leaf in leaves)}. "

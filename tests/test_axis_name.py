@@ -294,7 +294,8 @@ def update_of(tx):
 
 
 FORGETFUL = {
-    "rescale_by_norm": update_of(oc.clip_by_leafwise_norm(1.0)),
+    "rescale_by_norm": update_of(oc.rescale_by_norm(1.0, groups=oc.groups.leaf())),
+    "clip_by_leafwise_norm": update_of(oc.clip_by_leafwise_norm(1.0)),
     "rescale_tree": lambda grads: oc.rescale_tree(grads, 1.0)[0],
     "group_norms": oc.group_norms,
     "record": update_of(oc.record()),
@@ -408,7 +409,7 @@ def test_an_unknown_axis_is_an_error():
 def test_gradients_that_are_not_averaged_are_an_error():
     """A leaf that varies over an axis that its specification does not name is found, where JAX tracks it."""
     message = (
-        r"^rescale_by_norm: leaf 'whole' varies over the mesh axes \('data',\), and its "
+        r"^clip_by_global_norm: leaf 'whole' varies over the mesh axes \('data',\), and its "
         r"specification, .*\(\), names \(\)\. Correct specs, or average gradients first"
     )
     for options in ({}, {"axis_name": ("data", "model")}):
@@ -447,7 +448,7 @@ def test_axes_that_split_the_groups_of_a_leaf_must_not_count(make):
 MISFITS = [
     (
         {"split": P("data")},
-        "rescale_by_norm: specs has none for leaf 'whole', among 'split'. Pass a tree prefix",
+        "clip_by_global_norm: specs has none for leaf 'whole', among 'split'. Pass a tree prefix",
     ),
     ({"split": {"deep": P("data")}, "whole": P()}, "none for leaf 'split', among 'split/deep', 'whole'."),
     ([P("data"), P()], "none for leaf 'split', among '0', '1'."),

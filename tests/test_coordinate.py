@@ -313,6 +313,32 @@ def test_centralize_takes_axes_by_pattern():
     np.testing.assert_allclose(both["other"].mean(), 0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("framework", "path", "shape", "over"),
+    [
+        ("equinox", "linear/weight", (6, 4), (1,)),
+        ("equinox", "conv/weight", (6, 4, 3, 3), (1, 2, 3)),
+        ("equinox", "conv/bias", (6, 1, 1), ()),
+        ("equinox", "linear/weight", (6, 1), ()),  # each a mean of one
+        ("flax", "attention/query/kernel", (4, 2, 3), (0,)),
+        ("flax", "attention/query/bias", (2, 3), ()),
+        ("flax", "attention/out/kernel", (2, 3, 4), (0, 1)),
+        ("flax", "embed/embedding", (7, 4), (1,)),
+        ("flax", "mlp/kernel", (2, 2, 2, 2, 2, 2, 3), (0, 1, 2, 3, 4, 5)),
+        ("haiku", "conv2_d_transpose_1/w", (3, 3, 6, 4), (0, 1, 3)),
+        ("keras", "depthwise_conv2d_3/kernel", (3, 3, 4, 2), (0, 1)),
+    ],
+)
+def test_centralize_takes_the_name_of_a_framework(framework, path, shape, over):
+    grads = {path: np.float32(np.random.default_rng(1).normal(size=shape))}
+    for axis in (framework, {"nothing": (), "": framework}):
+        tx = oc.centralize(axis)
+        out, _ = tx.update(grads, tx.init(grads))
+        wide = np.float64(grads[path])
+        expected = wide - wide.mean(over, keepdims=True) if over else wide
+        np.testing.assert_allclose(out[path], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_mean_of_one_entry_is_not_subtracted():
     """Optax makes zeros of such a leaf for ever."""
     grads = {"one_input": jnp.ones((1, 5)), "one_output": jnp.array([[1.0], [3.0]])}

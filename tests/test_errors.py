@@ -218,7 +218,7 @@ INIT = [
 UPDATE = [
     (
         update(oc.clip_by_layerwise_norm(1.0), updates={"dense": PARAMS["dense"]}),
-        "rescale_by_norm: the tree has 1 rows of groups, 'dense'; `init` saw 2. Pass updates with the",
+        "clip_by_layerwise_norm: the tree has 1 rows of groups, 'dense'; `init` saw 2. Pass updates with the",
     ),
     (
         update(oc.adaptive_grad_clip(0.1)),
@@ -226,15 +226,15 @@ UPDATE = [
     ),
     (
         update(oc.adaptive_grad_clip(0.1, groups=LEAF), params={"dense": PARAMS["dense"]}),
-        "limits.relative: the update's leaf 'head/kernel' has shape (3, 2), the tree has none.",
+        "adaptive_grad_clip: the update's leaf 'head/kernel' has shape (3, 2), the parameters have none.",
     ),
     (
         update(oc.adaptive_grad_clip(0.1, groups=LEAF), params=jax.tree.map(jnp.ravel, PARAMS)),
-        "limits.relative: the update's leaf 'dense/kernel' has shape (4, 3), the tree has shape (12,) there.",
+        "adaptive_grad_clip: the update's leaf 'dense/kernel' has shape (4, 3), the parameters",
     ),
     (
         update(oc.clip_by_layerwise_norm(lambda step: jnp.ones(3))),
-        "rescale_by_norm: the limit has shape (3,) for 2 rows of groups, 'dense', 'head'. Pass one number",
+        "clip_by_layerwise_norm: the limit has shape (3,) for 2 rows of groups, 'dense', 'head'.",
     ),
     (
         lambda: oc.metrics(optax.sgd(0.1).init(PARAMS)),

@@ -425,7 +425,9 @@ def test_missing_or_foreign_parameters_are_an_error():
     state = tx.init(GRADS)
     with pytest.raises(ValueError, match="requires the current value of parameters"):
         tx.update(GRADS, state)
-    with pytest.raises(ValueError, match=r"^record: the update's leaf 'head/bias' .*, the tree has none"):
+    with pytest.raises(
+        ValueError, match=r"^record: the update's leaf 'head/bias' .*, the parameters have none"
+    ):
         tx.update(GRADS, state, {"layers": GRADS["layers"]})
 
 

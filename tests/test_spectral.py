@@ -377,6 +377,31 @@ def test_axes_say_which_are_the_outputs():
     np.testing.assert_allclose(largest(out["q"].reshape(2, 5, 6)), 1, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("framework", "path", "shape", "matrix"),
+    [
+        ("flax", "attention/query/kernel", (5, 2, 3), (5, 6)),
+        ("flax", "attention/out/kernel", (2, 3, 5), (6, 5)),
+        ("flax", "attention/query/bias", (2, 3), None),
+        ("equinox", "conv/weight", (6, 4, 3), (6, 12)),
+        ("equinox", "conv/bias", (6, 2, 2), None),
+        ("keras", "conv1d_transpose/kernel", (3, 5, 4), None),
+    ],
+)
+def test_matrices_by_the_names_of_a_framework(framework, path, shape, matrix):
+    """What is a bias there has the L2 norm, whatever its rank; so have the layers of a stack."""
+    x = np.float32(np.random.default_rng(2).normal(size=shape))
+    exact = largest(x.reshape(matrix)) if matrix else np.linalg.norm(x)
+    if path.startswith("conv1d_transpose"):
+        exact = largest(np.moveaxis(x, 1, 2).reshape(12, 5))
+    for axes in (framework, {"nothing": 0, "": framework}):
+        _, state = once(oc.clip_singular_values(1.0, axes=axes), {path: x})
+        np.testing.assert_allclose(state.norm, [exact], rtol=1e-5)
+    stacked = oc.clip_by_spectral_norm(1.0, iterations=30, axes=framework, stacked="")
+    _, state = once(stacked, {path: np.stack([x, 2 * x])})
+    np.testing.assert_allclose(state.norm, exact * np.array([1, 2]), rtol=1e-5)
+
+
 def test_limits_of_any_kind_hold_for_spectral_norms():
     """A schedule, one for each group, relative to the parameters, and adaptive ones."""
     x = {"a": jnp.diag(jnp.array([4.0, 1.0])), "b": jnp.diag(jnp.array([8.0, 3.0]))}
@@ -558,12 +583,16 @@ VALUES = [
     (lambda: CLIP(-1.0), "clip_by_spectral_norm: max_norm is -1.0, among the numbers from 0 to inf."),
     (lambda: CLIP(1.0, iterations=0), "clip_by_spectral_norm: iterations is 0, below 1. Pass 1 or more."),
     (lambda: CLIP(1.0, nonfinite="skip"), "clip_by_spectral_norm: nonfinite is 'skip'. Pass one of"),
+    (
+        lambda: CLIP(1.0, axes="torch"),
+        "clip_by_spectral_norm: axes is 'torch'. Pass one of 'equinox', 'flax', 'haiku', 'keras'.",
+    ),
     (lambda: CLIP(1.0, axes={"(": 0}), "clip_by_spectral_norm: the pattern '(' does not compile"),
     (lambda: CLIP(1.0, stacked="("), "groups.stacked: the pattern '(' does not compile"),
     (lambda: CLIP(1.0, stacked="x").init(PLAIN), "groups.stacked: no leaf matches 'x', among 'b', 'w'."),
     (
         lambda: CLIP(1.0, axes=2).init(PLAIN),
-        "clip_by_spectral_norm: axis 2 is out of range at leaf 'w', which has shape (7, 3) for a matrix.",
+        "clip_by_spectral_norm: axis 2 is out of range at leaf 'w', which has shape (7, 3).",
     ),
     (
         lambda: CLIP(1.0, axes=(0, 1)).init(PLAIN),

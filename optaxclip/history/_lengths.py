@@ -26,17 +26,17 @@ class Lengths(NamedTuple):
     """
 
     layers: tuple[Row, ...]
-    place: Int[np.ndarray, "rows"]
-    weights: Float[np.ndarray, "layers"]
-    each: Float[np.ndarray, "layers"]
-    longest: Float[np.ndarray, "layers"]
+    place: Int[np.ndarray, " rows"]
+    weights: Float[np.ndarray, " layers"]
+    each: Float[np.ndarray, " layers"]
+    longest: Float[np.ndarray, " layers"]
     whole: float
     first: float
     safe: float
     rate: float
 
     @property
-    def scale(self) -> Float[np.ndarray, "layers"]:
+    def scale(self) -> Float[np.ndarray, " layers"]:
         """What each layer's step is held against: the norm of its weights.
 
         Layers whose weights start from zero get the median of the others: nothing is known of them.
@@ -44,7 +44,7 @@ class Lengths(NamedTuple):
         return np.where(self.weights > 0, self.weights, np.median(self.weights[self.weights > 0]))
 
     @property
-    def limits(self) -> Float[np.ndarray, "layers"]:
+    def limits(self) -> Float[np.ndarray, " layers"]:
         """The norm of each layer's update whose step is as long as is safe."""
         return self.safe * self.scale / self.rate
 

@@ -19,7 +19,7 @@ class Spikes(NamedTuple):
     """
 
     level: Float[np.ndarray, "steps columns"]
-    spread: Float[np.ndarray, "columns"]
+    spread: Float[np.ndarray, " columns"]
     ratio: Float[np.ndarray, "steps columns"]
     spike: Bool[np.ndarray, "steps columns"]
 

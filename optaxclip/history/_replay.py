@@ -189,9 +189,9 @@ def _single(x: np.ndarray) -> np.ndarray:
 def cosine(
     norms: Float[np.ndarray, "steps rows"],
     factors: Float[np.ndarray, "steps rows"],
-    sizes: Float[np.ndarray, "rows"] | None,
+    sizes: Float[np.ndarray, " rows"] | None,
     norm: str,
-) -> Float[np.ndarray, "steps"]:
+) -> Float[np.ndarray, " steps"]:
     """The cosine of the angle between updates and what is left of them when rows are scaled, `(steps,)`."""
     if norm not in ("l2", "rms"):
         return np.full(len(norms), np.nan)

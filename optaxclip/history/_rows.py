@@ -54,9 +54,9 @@ class Regrouped(NamedTuple):
 
     table: Table
     rows: tuple[Row, ...]
-    place: Int[np.ndarray, "rows"]
-    measured: Bool[np.ndarray, "rows"]
-    scaled: Bool[np.ndarray, "rows"]
+    place: Int[np.ndarray, " rows"]
+    measured: Bool[np.ndarray, " rows"]
+    scaled: Bool[np.ndarray, " rows"]
 
 
 class _Shapeless:
@@ -89,7 +89,7 @@ def rows_of(groups: Groups, tree: PyTree) -> tuple[tuple[Row, ...], Table]:
     return tuple(Row(name, tuple(own), at) for name, own, at in rows), part.table
 
 
-def regroup(rows: Sequence[Row], sizes: Float[np.ndarray, "rows"] | None, groups: Groups) -> Regrouped:
+def regroup(rows: Sequence[Row], sizes: Float[np.ndarray, " rows"] | None, groups: Groups) -> Regrouped:
     """Puts rows together as a grouping of their tree would have.
 
     Args:
@@ -203,8 +203,8 @@ def name_of(norm: Norm) -> str:
 
 def put_together(
     norms: Float[np.ndarray, "steps rows"],
-    sizes: Float[np.ndarray, "rows"] | None,
-    place: Int[np.ndarray, "rows"],
+    sizes: Float[np.ndarray, " rows"] | None,
+    place: Int[np.ndarray, " rows"],
     count: int,
     norm: str,
 ) -> Float[np.ndarray, "steps groups"]:

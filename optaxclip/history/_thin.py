@@ -41,16 +41,16 @@ class Thin(NamedTuple):
 
     names: tuple[str, ...]
     how: str
-    edges: Float[np.ndarray, "columns+1"]
+    edges: Float[np.ndarray, " columns+1"]
     norms: Float[np.ndarray, "columns rows"]
     bad: Bool[np.ndarray, "columns rows"]
-    whole: Float[np.ndarray, "columns"]
-    loss: Float[np.ndarray, "columns"] | None
+    whole: Float[np.ndarray, " columns"]
+    loss: Float[np.ndarray, " columns"] | None
     begins: np.ndarray
     earlier: int
     longest: int
     shares: Float[np.ndarray, "fewer rows"]
-    share_edges: Float[np.ndarray, "fewer+1"]
+    share_edges: Float[np.ndarray, " fewer+1"]
     top: Sequence[int]
 
 
