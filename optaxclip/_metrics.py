@@ -13,12 +13,16 @@ from jax.core import Tracer
 from optaxclip import _checks, groups as _groups, norms as _norms
 from optaxclip._base import Groups, Norm, PyTree, Stats, Table
 from optaxclip._carry import CarryState
+from optaxclip._coordinate import ACClipState, AdaptiveValueClipState, MaskSpikesState
+from optaxclip._elementwise import ClipByValueState
 from optaxclip._matrices import SpectralState
 from optaxclip._measure import merge
 from optaxclip._partition import partition
 from optaxclip._per_example import PerExampleState
 from optaxclip._rescale import RescaleState
+from optaxclip._reset import ResetMomentumState
 from optaxclip._skip import SkipState
+from optaxclip._trust import ScaleByStableAdamState
 
 
 def metrics(
@@ -45,8 +49,8 @@ def metrics(
     | `clipped_fraction` | in which share of all steps the factor was not 1; for the whole, of any group |
     | `nonfinite_count` | in how many steps the norm was NaN or infinite |
 
-    Wrappers, and clipping each example, have statistics of their own beside those of what is in them; ° marks
-    those that are of the whole only:
+    Other methods have statistics of their own, wrappers beside those of what is in them; ° marks those that
+    are of the whole only:
 
     | statistic | of | meaning |
     | --- | --- | --- |
@@ -61,6 +65,15 @@ def metrics(
     | `example_limit` | | the largest limit that they were held against |
     | `example_clipped_fraction` | | the share of the last batch whose factor was not 1 |
     | `example_nonfinite_count` | | how many examples had a norm that was NaN or infinite, in all updates |
+    | `entry_limit` | `adaptive_value_clip` | the bound of the entries of each leaf |
+    | `entry_clipped_fraction` | | the share of all steps in which any entry was clipped |
+    | `entry_nonfinite_count` | | in how many steps any entry was NaN or infinite |
+    | `entry_clipped_share` | | ° the share of the entries that the last update clipped |
+    | the last three | `clip_by_value`, `acclip`, `mask_spikes` | ° the same |
+    | `rms_ratio` | `scale_by_stable_adam` | the root mean square of a leaf's entries over their `rms` |
+    | `rms_clipped_fraction` | | the share of all steps in which that was above the threshold |
+    | `rms_nonfinite_count` | | in how many steps an entry was NaN or infinite |
+    | `reset_count` | `reset_momentum` | ° how often the moments were forgotten |
 
     Where these have no number for the whole, it is the largest of all groups.
 
@@ -69,17 +82,18 @@ def metrics(
     which is why the parameters and the groups are asked for; without them only the whole is reported.
 
     Args:
-      opt_state: the state of a `rescale_by_norm`, of a spectral method, of `skip_updates`, `carry_clipped`
-        or `clip_per_example`, or any state that holds one: of `optax.chain`, `masked`, `partition`,
+      opt_state: the state of a `rescale_by_norm`, of a spectral method, of a method in the second table, or
+        any state that holds one: of `optax.chain`, `masked`, `partition`,
         `MultiSteps`, `inject_hyperparams`. If it holds several with statistics of the same names, their
         prefixes are `clip_0`, `clip_1` and so on.
       params: the tree that `init` was given: parameters, updates or `jax.ShapeDtypeStruct`. Behind
         `optax.masked` and `optax.partition` that is the masked tree, with `optax.MaskedNode()` in place of
         what is left out; of a partition, pass the state of one part, `state.inner_states[label]`.
-      groups: the groups that the transformation was given, or a list with one for each state that has groups,
-        from the outermost in: all but that of `carry_clipped`; or with one for each `RescaleState` and
-        `SpectralState`. Of a `SkipState` or a `PerExampleState` beside these, only the whole is reported
-        where the groups given are not its own, by their number.
+      groups: the groups that the transformation was given, or a list with one for each state that was given
+        any, from the outermost in: a `RescaleState`, `SpectralState`, `SkipState` or `PerExampleState`; or
+        with one for each of the first two kinds. Of a `SkipState` or a `PerExampleState` beside these, only
+        the whole is reported where the groups given are not its own, by their number. Methods that go leaf
+        by leaf need none.
       norm: the norm that it was given.
       prefix: the first part of every key.
       separator: what stands between the parts.
@@ -121,7 +135,13 @@ def metrics(
 
 
 Clip: TypeAlias = RescaleState | SpectralState
-Known: TypeAlias = Clip | SkipState | CarryState | PerExampleState
+Grouped: TypeAlias = Clip | SkipState | PerExampleState
+ByLeaf: TypeAlias = AdaptiveValueClipState | ScaleByStableAdamState
+Entries: TypeAlias = ClipByValueState | ACClipState | MaskSpikesState
+Known: TypeAlias = Grouped | ByLeaf | Entries | CarryState | ResetMomentumState
+
+# Not read: what optimizers and limits remember.
+HELD = ("inner", "rule", "vector", "buffer", "momentum", "bound", "rms", "mean", "weights")
 
 
 def _states(tree: PyTree) -> Iterator[Known]:
@@ -129,53 +149,53 @@ def _states(tree: PyTree) -> Iterator[Known]:
     for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Known)):
         if isinstance(x, Known):
             yield x
-        if isinstance(x, SkipState | CarryState):
+        if isinstance(x, SkipState | CarryState | ResetMomentumState):
             yield from _states(x.inner)
 
 
 def _kind(state: Known) -> type:
     """States of one kind have statistics of the same names."""
-    return RescaleState if isinstance(state, Clip) else type(state)
+    if isinstance(state, Clip):
+        return RescaleState
+    return ClipByValueState if isinstance(state, Entries | AdaptiveValueClipState) else type(state)
 
 
 def _groups_of(
     states: Sequence[Known], groups: Groups | Sequence[Groups], params: PyTree
 ) -> list[Groups | None]:
     """The groups of each state, None for those whose rows have no names."""
+    listed = [groups] if isinstance(groups, Groups) else list(groups)
+    for each in listed:
+        _checks.spec("metrics", Groups, groups=each)
     clips = [k for k, state in enumerate(states) if isinstance(state, Clip)]
-    named = [k for k, state in enumerate(states) if not isinstance(state, CarryState)]
+    grouped = {k: state for k, state in enumerate(states) if isinstance(state, Grouped)}
     if isinstance(groups, Groups):
         # A wrapper's groups may well be others than those of the clip in it.
         rows = len(partition(groups, params).table.names) if clips and params is not None else None
-        own = {k: groups for k in named if k in clips or rows in (None, len(states[k].norm))}
+        own = {k: groups for k, x in grouped.items() if k in clips or rows in (None, len(x.norm))}
     else:
-        listed = list(groups)
-        of = named if len(listed) == len(named) else clips
+        of = list(grouped) if len(listed) == len(grouped) else clips
         if len(listed) != len(of):
             raise ValueError(
-                f"metrics: {len(listed)} groups for {len(named)} states. Pass one for each state."
+                f"metrics: {len(listed)} groups for {len(grouped)} states. Pass one for each state."
             )
         own = dict(zip(of, listed, strict=True))
-    for each in own.values():
-        _checks.spec("metrics", Groups, groups=each)
-    return [own.get(k) for k in range(len(states))]
+    # Methods that go by leaf go by the tree's own paths.
+    return [_groups.leaf() if isinstance(state, ByLeaf) else own.get(k) for k, state in enumerate(states)]
 
 
 def _of_state(
     state: Known, params: PyTree, groups: Groups | None, norm: Norm, expand: int
 ) -> dict[tuple[str, str], Any]:
     xp = jnp
-    if isinstance(state, SkipState | CarryState):
-        state = state._replace(inner=())  # the optimizer's
-    if isinstance(state, CarryState):
-        state = state._replace(buffer=())
+    state = state._replace(**{field: () for field in HELD if field in state._fields})
     if not any(isinstance(x, Tracer) for x in jax.tree.leaves(state)):
         state, xp = jax.device_get(state), np  # one transfer, in place of one for each scalar
     step = xp.maximum(state.step, 1).astype(np.float32)
     rows, whole, together = _statistics(state, step, norm)
     found = {}
     if params is not None and groups is not None:
-        table = _table(state, params, groups)
+        table = _table(len(next(iter(rows.values()))), params, groups)
         for group, (first, count) in table.spans.items():
             if count > expand:
                 merged = together(rows, slice(first, first + count), table)
@@ -215,9 +235,25 @@ def _statistics(
                 "example_clipped_fraction": state.clipped,
                 "example_nonfinite_count": state.nonfinite,
             }
+        case AdaptiveValueClipState():
+            rows = {"entry_limit": state.limit} | _counts("entry", state, step)
+            own = {"entry_clipped_share": state.share}
+        case ClipByValueState() | ACClipState() | MaskSpikesState():
+            rows, own = {}, _counts("entry", state, step) | {"entry_clipped_share": state.share}
+        case ScaleByStableAdamState():
+            rows, own = {"rms_ratio": state.ratio} | _counts("rms", state, step), {}
         case CarryState():
             rows, own = {}, {"carry_norm": state.norm, "carry_lost": state.lost}
+        case ResetMomentumState():
+            rows, own = {}, {"reset_count": state.resets}
     return rows, {name: x.max() for name, x in rows.items() if x.size} | own, _largest
+
+
+def _counts(kind: str, state: Any, step: Any) -> dict[str, Any]:
+    return {
+        f"{kind}_clipped_fraction": state.clipped.astype(np.float32) / step,
+        f"{kind}_nonfinite_count": state.nonfinite,
+    }
 
 
 def _largest(stats: dict[str, Any], own: slice, table: Table) -> dict[str, Any]:
@@ -225,14 +261,14 @@ def _largest(stats: dict[str, Any], own: slice, table: Table) -> dict[str, Any]:
     return {statistic: x[own].max() for statistic, x in stats.items()}
 
 
-def _table(state: Any, params: PyTree, groups: Groups) -> Table:
-    """The table of the groups, checked against the state."""
+def _table(rows: int, params: PyTree, groups: Groups) -> Table:
+    """The table of the groups, checked against the number of rows of the state."""
     table = partition(groups, params).table
-    if state.norm.shape != (len(table.names),):
+    if rows != len(table.names):
         raise ValueError(
-            f"metrics: the state has {len(state.norm)} rows; these groups and parameters have "
-            f"{len(table.names)}: {_checks.listed(table.names)}. Pass the groups and the tree that the "
-            "transformation was given."
+            f"metrics: the state has {rows} rows; these groups and parameters have {len(table.names)}: "
+            f"{_checks.listed(table.names)}. Pass the groups and the tree that the transformation was given: "
+            "behind optax.masked and partition, optax.MaskedNode() stands in it for what was left out."
         )
     if "whole" in table.spans and len(table.spans) > 1:
         raise ValueError("metrics: a group among others is called 'whole', as all together are. Rename it.")

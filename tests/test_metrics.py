@@ -223,9 +223,58 @@ def test_the_largest_stands_for_many_rows_of_examples_and_skips():
     assert oc.metrics(state, grads, oc.groups.unit())["clip/skipped_fraction/kernel[1]"] == 0
 
 
+def test_metrics_read_methods_that_go_by_entry():
+    """Of the whole, but for the one that has a bound for each leaf; beside a clip by norm."""
+    grads = {"a": jnp.array([3.0, 0.5]), "b": jnp.array([0.2, jnp.nan])}
+    counts = {"entry_clipped_fraction": 1, "entry_nonfinite_count": 1, "entry_clipped_share": 0.25}
+    tx = optax.chain(oc.clip_by_value(1.0), oc.clip_by_leafwise_norm(9.0), optax.sgd(0.1))
+    _, state = tx.update(grads, tx.init(grads))
+    found = oc.metrics(state, grads, oc.groups.leaf())
+    assert {name: found.pop(f"clip/{name}/whole") for name in counts} == counts
+    assert found.keys() == oc.metrics(state[1], grads, oc.groups.leaf()).keys()
+    assert found["clip/norm_before/a"] == pytest.approx(1.25**0.5)
+    inside = jax.jit(oc.metrics)(state)
+    assert {name: inside[f"clip/{name}/whole"] for name in counts} == counts
+    for tx in (oc.acclip(), oc.mask_spikes()):
+        _, state = tx.update(grads, tx.init(grads))
+        assert list(oc.metrics(state, grads)) == [f"clip/{name}/whole" for name in counts]
+    tx = oc.adaptive_value_clip(0.5)
+    _, state = tx.update(grads, tx.init(grads))
+    found = oc.metrics(state, grads)
+    assert found["clip/entry_limit/a"] == found["clip/entry_limit/whole"] == 3
+    assert (found["clip/entry_nonfinite_count/a"], found["clip/entry_nonfinite_count/b"]) == (0, 1)
+    assert found["clip/entry_clipped_share/whole"] == state.share
+    two = oc.metrics((state, oc.clip_by_value(1.0).init(grads)))
+    assert {"clip_0/entry_limit/whole", "clip_1/entry_clipped_share/whole"} < two.keys()
+
+
+def test_metrics_read_stable_adam_by_leaf():
+    """Whatever the groups are, its rows are the leaves."""
+    grads = {"dense": {"kernel": jnp.array([3.0, 0.5]), "bias": jnp.array([jnp.inf])}}
+    tx = oc.stable_adamw(1e-3)
+    state = tx.init(grads)
+    for k in (1, 1, 100):
+        _, state = tx.update(jax.tree.map(lambda x: k * x, grads), state, grads)  # noqa: B023
+    found = oc.metrics(state, grads)
+    assert found["clip/rms_ratio/dense/kernel"] > 1
+    assert found["clip/rms_clipped_fraction/dense/kernel"] == pytest.approx(1 / 3)
+    assert found["clip/rms_nonfinite_count/dense/bias"] == 3
+
+
+def test_metrics_read_resets_and_the_clip_inside():
+    tx = oc.reset_momentum(optax.chain(oc.clip_by_global_norm(1.0), optax.trace(0.9)), period=2, warmup=1)
+    state = tx.init(GRADS)
+    for _ in range(5):
+        _, state = tx.update(GRADS, state, GRADS)
+    found = oc.metrics(state)
+    assert found["clip/reset_count/whole"] == 2
+    assert found["clip/norm_before/whole"] == pytest.approx(float(optax.tree.norm(GRADS)))
+
+
 def test_trees_without_leaves_have_nothing_to_report_but_counts():
     tx = oc.skip_updates(oc.clip_by_value(1.0))
     found = oc.metrics(tx.init({}), {})
-    assert set(found) == {
-        f"clip/{name}/whole" for name in ("skipped_fraction", "loss", "loss_limit", "loss_skipped_fraction")
-    }
+    names = ["skipped_fraction", "loss", "loss_limit", "loss_skipped_fraction"]
+    names += ["entry_clipped_fraction", "entry_nonfinite_count", "entry_clipped_share"]
+    assert set(found) == {f"clip/{name}/whole" for name in names}
+    assert set(oc.metrics(oc.scale_by_stable_adam().init({}), {})) == set()
