@@ -19,7 +19,7 @@ WHERE = "carry_clipped"
 
 
 class CarryState(NamedTuple):
-    """The state of `carry_clipped`.
+    """What is carried from update to update. See `carry_clipped`.
 
     Attributes:
       step: how many updates there were, int32, `()`.

@@ -28,7 +28,7 @@ from optaxclip._walk import (
 
 
 class ACClipState(NamedTuple):
-    """The state of `acclip`, and what it did at the last update.
+    """The state of the method, and what it did at the last update. See `acclip`.
 
     Attributes:
       step: how many updates there were, int32, `()`.
@@ -48,7 +48,7 @@ class ACClipState(NamedTuple):
 
 
 class MaskSpikesState(NamedTuple):
-    """The state of `mask_spikes`, and what it did at the last update.
+    """The state of the method, and what it did at the last update. See `mask_spikes`.
 
     Attributes:
       step: how many updates there were, int32, `()`.
@@ -68,17 +68,18 @@ class MaskSpikesState(NamedTuple):
 
 
 class AdaptiveValueClipState(NamedTuple):
-    """The state of `adaptive_value_clip`, and what it did at the last update.
+    """The state of the method, and what it did at the last update. See `adaptive_value_clip`.
 
     Vectors have one entry per leaf, in natural order of the leaves' paths.
 
     Attributes:
       step: how many updates there were, int32, `()`.
-      limit: the running means of the largest moduli without bias, float32; 0 before there is one.
-      weight: how much of the mean there is, float32, from 0 to 1.
+      limit: the running means of the largest moduli without bias, float32, `(leaves,)`; 0 before there
+        is one.
+      weight: how much of the mean there is, float32, `(leaves,)`, from 0 to 1.
       share: which part of the entries was clipped, float32, `()`.
-      clipped: in how many steps any entry of the leaf was clipped, int32.
-      nonfinite: in how many steps any entry of the leaf was NaN or infinite, int32.
+      clipped: in how many steps any entry of the leaf was clipped, int32, `(leaves,)`.
+      nonfinite: in how many steps any entry of the leaf was NaN or infinite, int32, `(leaves,)`.
     """
 
     step: jax.Array

@@ -15,7 +15,7 @@ from optaxclip.groups import whole
 
 
 class ClipByValueState(NamedTuple):
-    """The state of `clip_by_value`, and what it did at the last update.
+    """The state of the method, and what it did at the last update. See `clip_by_value`.
 
     Attributes:
       step: how many updates there were, int32, `()`.
@@ -52,6 +52,7 @@ def clip_by_value(
       ValueError: if it is a negative or NaN number.
 
     References:
+      [optax.clip](https://optax.readthedocs.io/en/latest/api/transformations.html).
       With the schedule `lambda step: (step + 1) ** 0.25`, behind a division by the root of the second moment:
       Taniguchi et al., [ADOPT](https://arxiv.org/abs/2411.02853), 2024.
 

@@ -24,7 +24,7 @@ COLD = 8  # iterations where no vector is remembered
 
 
 class SpectralState(NamedTuple):
-    """The state of the spectral methods, and what they did at the last update.
+    """The state of the spectral methods, and what they did at the last update. See `clip_by_spectral_norm`.
 
     Vectors have one entry for each matrix, in natural order of the leaves' paths; a stacked leaf has one for
     each of its layers. The fields are those of `RescaleState`, with one more.
@@ -32,15 +32,17 @@ class SpectralState(NamedTuple):
     Attributes:
       step: how many updates there were, int32, `()`.
       rule: the limit's own state.
-      vector: the right singular vectors of all matrices one after another, float32, of complex ones the real
-        and then the imaginary parts; 0 before the first update. `()` where none are remembered.
-      norm: the largest singular values that came in, float32.
-      norm_after: the largest that went out, float32.
-      limit: the limits they were held against, float32.
-      factor: what the largest were multiplied by, float32; NaN where a NaN or an infinity was propagated.
-      clipped: how often the factor was not 1, int32.
-      nonfinite: how often a matrix had an entry that was NaN or infinite, int32.
-      whole: the same for the whole update, scalars; its norm is the largest of all.
+      vector: the right singular vectors of all matrices one after another, float32, `(entries,)`, of complex
+        ones the real and then the imaginary parts; 0 before the first update. An empty tuple
+        where none are remembered.
+      norm: the largest singular values that came in, float32, `(matrices,)`.
+      norm_after: the largest that went out, float32, `(matrices,)`.
+      limit: the limits they were held against, float32, `(matrices,)`.
+      factor: what the largest were multiplied by, float32, `(matrices,)`; NaN where a NaN or an infinity was
+        propagated.
+      clipped: how often the factor was not 1, int32, `(matrices,)`.
+      nonfinite: how often a matrix had an entry that was NaN or infinite, int32, `(matrices,)`.
+      whole: the same for the whole update, `()` each; its norm is the largest of all.
     """
 
     step: jax.Array

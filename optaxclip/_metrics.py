@@ -100,7 +100,7 @@ def metrics(
       expand: how many rows of a group to report one by one.
 
     Returns:
-      From key to scalar: NumPy scalars, or arrays inside `jit`.
+      From key to scalar, float32 or int32: NumPy scalars, or arrays of shape `()` inside `jit`.
 
     Raises:
       TypeError: if an argument is of the wrong type.

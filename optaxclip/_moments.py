@@ -20,7 +20,7 @@ def running_mean(decay: float | jax.Array = 0.95) -> Limit:
       decay: d, the weight of the past per step, from 0 to 1.
 
     Returns:
-      A `Limit` whose state is the means, `(rows,)`.
+      A `Limit` whose state is the means, float32 of shape `(rows,)`.
 
     Raises:
       TypeError: if `decay` is no number.
@@ -62,7 +62,7 @@ def running_rms(decay: float | jax.Array = 0.25, *, eps: float | jax.Array = 1e-
       eps: added to the root mean square.
 
     Returns:
-      A `Limit` whose state is the root mean squares, `(rows,)`.
+      A `Limit` whose state is the root mean squares, float32 of shape `(rows,)`.
 
     Raises:
       TypeError: if an argument is of the wrong type.
@@ -115,7 +115,7 @@ def moment_ratio(
       eps: added to the root mean square, relative to the norms.
 
     Returns:
-      A `Limit` whose state is mean, root mean square and count, three vectors of shape `(rows,)`.
+      A `Limit` whose state is mean, root mean square and count, float32 of shape `(rows,)` each.
 
     Raises:
       TypeError: if an argument is of the wrong type.

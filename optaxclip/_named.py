@@ -31,7 +31,8 @@ def clip_by_global_norm(
     $$u' = u \min\Big(1, \frac{c}{n}\Big), \qquad n = \|u\|_2 = \sqrt{\textstyle\sum_i |u_i|^2}$$
 
     Args:
-      max_norm: the limit: a number, an array, a schedule or one of `optaxclip.limits`.
+      max_norm: the limit: a number, an array of shape `()`, or `(rows,)` where there are several groups, a
+        schedule or one of `optaxclip.limits`.
       eps: added to the norm. 1e-6 gives the numbers of `torch.nn.utils.clip_grad_norm_`.
       nonfinite: what becomes of a NaN or an infinity; see `rescale_by_norm`.
       axis_name: mesh axes inside `shard_map` or `pmap`; see `rescale_by_norm`.
@@ -46,7 +47,9 @@ def clip_by_global_norm(
 
     References:
       Pascanu et al., [On the difficulty of training recurrent neural
-      networks](https://arxiv.org/abs/1211.5063), 2013.
+      networks](https://arxiv.org/abs/1211.5063), 2013. The same in libraries:
+      [optax.clip_by_global_norm](https://optax.readthedocs.io/en/latest/api/transformations.html),
+      [torch.nn.utils.clip_grad_norm_](https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.clip_grad_norm_.html).
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> tx = oc.clip_by_global_norm(1.0)
@@ -92,6 +95,10 @@ def clip_by_layerwise_norm(
       TypeError: if `max_norm` is no limit.
       ValueError: if `max_norm` is a negative or NaN number.
 
+    References:
+      McMahan et al., [Learning Differentially Private Recurrent Language
+      Models](https://arxiv.org/abs/1710.06963), 2018, as per-layer clipping, there of each user's update.
+
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> tx = oc.clip_by_layerwise_norm(1.0)
     >>> grads = {"dense": {"w": jnp.array([3.0]), "b": jnp.array([4.0])}, "head": {"w": jnp.array([0.5])}}
@@ -135,6 +142,10 @@ def clip_by_leafwise_norm(
     Raises:
       TypeError: if `max_norm` is no limit.
       ValueError: if `max_norm` is a negative or NaN number.
+
+    References:
+      [Keras' `clipnorm`](https://keras.io/api/optimizers/), and
+      [tf.clip_by_norm](https://www.tensorflow.org/api_docs/python/tf/clip_by_norm) of one array.
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> tx = oc.clip_by_leafwise_norm(1.0)
@@ -182,6 +193,9 @@ def clip_by_groupwise_norm(
       TypeError: if an argument is of the wrong type.
       ValueError: if `max_norm` is a negative or NaN number.
 
+    References:
+      `grad_norm_group` of [Megatron-LM](https://github.com/NVIDIA/Megatron-LM).
+
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> tx = oc.clip_by_groupwise_norm(1.0, oc.groups.regex({"embedding": "embed", "rest": ".*"}))
     >>> grads = {"embed": jnp.array([6.0, 8.0]), "a": jnp.array([0.3]), "b": jnp.array([0.4])}
@@ -227,6 +241,10 @@ def clip_by_unitwise_norm(
     Raises:
       TypeError: if an argument is of the wrong type.
       ValueError: if `max_norm` is a negative or NaN number; in `init`, if an axis is out of range.
+
+    References:
+      Brock et al., [High-Performance Large-Scale Image Recognition Without
+      Normalization](https://arxiv.org/abs/2102.06171), 2021, for the units; there the limit is relative.
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> tx = oc.clip_by_unitwise_norm(1.0)
@@ -275,7 +293,8 @@ def clip_by_block_rms(
       ValueError: if `threshold` is a negative or NaN number.
 
     References:
-      Shazeer and Stern, [Adafactor](https://arxiv.org/abs/1804.04235), 2018: update clipping with 1.0.
+      Shazeer and Stern, [Adafactor](https://arxiv.org/abs/1804.04235), 2018: update clipping with 1.0. The
+      same in Optax: [optax.clip_by_block_rms](https://optax.readthedocs.io/en/latest/api/transformations.html).
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> tx = oc.clip_by_block_rms(1.0)
@@ -314,7 +333,8 @@ def adaptive_grad_clip(
     None, or mask it with `optax.masked`. Parameters are needed in `update`.
 
     Args:
-      clipping: the largest ratio of update to parameters: a number, an array or a schedule.
+      clipping: the largest ratio of update to parameters: a number, an array of shape `()` or `(rows,)`, or a
+        schedule.
       eps: the least that a unit's parameters count as, so that units initialised at zero can move.
       axis: the axes that the norm of a unit runs over; see `groups.unit` for the default.
       groups: a grouping in place of units, such as `groups.leaf()`.

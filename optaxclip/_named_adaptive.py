@@ -418,8 +418,9 @@ def aggc(
     the band the `limit` in the state is infinite.
 
     Args:
-      low: the lower end of the band, as a multiple of the mean: a number, an array or a schedule, a function
-        from the number of updates that came before to one of these. Where it is above `high`, `high` acts.
+      low: the lower end of the band, as a multiple of the mean: a number, an array of shape `()` or
+        `(rows,)`, or a schedule, a function from the number of updates that came before to one of these.
+        Where it is above `high`, `high` acts.
       high: the upper end, likewise.
       decay: the weight of the past in the mean per step.
       most_up: the largest factor.

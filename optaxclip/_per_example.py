@@ -19,7 +19,7 @@ WHERE = "clip_per_example"
 
 
 class PerExampleState(NamedTuple):
-    """The state of `clip_per_example`, and what it did at the last update.
+    """The state of the method, and what it did at the last update. See `clip_per_example`.
 
     Vectors have one entry per row of the groups, in natural order of the groups' names. Before the first
     update norms, limits, shares and counts are 0.
@@ -27,11 +27,14 @@ class PerExampleState(NamedTuple):
     Attributes:
       step: how many updates there were, int32, `()`.
       rule: the next limits of a `per_example_quantile`, float32, `(rows,)`; no arrays for any other limit.
-      limit: the limits that the examples were held against, float32; the largest, should they differ.
-      norm: the mean norm of the examples whose norm was finite, before clipping, float32; 0 if none was.
-      clipped: the share of the batch whose factor was not 1, float32; examples with a norm that is not finite
-        are not among them.
-      nonfinite: how many examples had a norm that was NaN or infinite, in all updates so far, int32.
+      limit: the limits that the examples were held against, float32, `(rows,)`; the largest, should they
+        differ.
+      norm: the mean norm of the examples whose norm was finite, before clipping, float32, `(rows,)`; 0 if
+        none was.
+      clipped: the share of the batch whose factor was not 1, float32, `(rows,)`; examples with a norm that is
+        not finite are not among them.
+      nonfinite: how many examples had a norm that was NaN or infinite, in all updates so far, int32,
+        `(rows,)`.
     """
 
     step: jax.Array
@@ -69,7 +72,7 @@ def per_example_quantile(
     Args:
       target: γ, the share of examples to leave as they are, from 0 to 1.
       rate: η, how fast the limits move.
-      initial: the first limit, a number or an array with one for each row.
+      initial: the first limit, a number or an array of shape `()` or `(rows,)`.
 
     Returns:
       A limit for `clip_per_example` and for nothing else. Its state is the limits, `(rows,)`.
@@ -132,8 +135,9 @@ def clip_per_example(
     example's is passed on. An empty batch gives zeros, and of the state only the step moves.
 
     Args:
-      limit: how large the norm of an example's group may be: a number, an array, a schedule of the step,
-        `limits.budget` or another of `optaxclip.limits` that remembers nothing, or `per_example_quantile`.
+      limit: how large the norm of an example's group may be: a number, an array of shape `()` or `(rows,)`, a
+        schedule of the step, `limits.budget` or another of `optaxclip.limits` that remembers nothing, or
+        `per_example_quantile`.
       groups: which entries of an example share a norm, one of `optaxclip.groups`.
       norm: how a group is measured, one of `optaxclip.norms`.
       response: what a group is multiplied by, one of `optaxclip.responses`. With `normalize()` and an `eps`

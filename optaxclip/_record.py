@@ -43,6 +43,14 @@ class RecordState(NamedTuple):
       first: the first update in which each row was not finite, int32 `(rows,)`; -1 if none was.
       first_entries: how many entries were not finite in the first update in which any was, int32 `(rows,)`.
       stretches: the whole run, thinned.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> tx = oc.record(capacity=4)
+    >>> state = tx.init({"w": jnp.zeros(2)})
+    >>> for size in (1.0, jnp.inf):
+    ...     updates, state = tx.update({"w": jnp.array([3.0, 4.0]) * size}, state)
+    >>> print(state.norm.ravel(), state.largest, state.nonfinite)
+    [ 5. inf  0.  0.] [5.] [1]
     """
 
     step: jax.Array

@@ -24,7 +24,7 @@ INSIDE = re.compile(r"(?:rescale_by_norm|groups\.\w+|limits\.\w+|responses\.\w+)
 
 
 class RescaleState(NamedTuple):
-    """The state of `rescale_by_norm`, and what it did at the last update.
+    """The state of the engine, and what it did at the last update. See `rescale_by_norm`.
 
     Vectors have one entry per row of the groups, in natural order of the groups' names; `metrics` puts
     names to them. Before the first update the norms, limits and counts are 0 and the factors 1.
@@ -32,14 +32,24 @@ class RescaleState(NamedTuple):
     Attributes:
       step: how many updates there were, int32, `()`.
       rule: the limit's own state.
-      norm: the norms that came in, float32. At most the largest float32 unless entries are not finite.
-      norm_after: the norms that went out, float32.
-      limit: the limits they were held against, float32.
-      factor: what the groups were multiplied by, float32; NaN where a NaN or an infinity was propagated.
-      clipped: how often the factor was not 1, int32; steps with a norm that is not finite do not count.
-      nonfinite: how often the norm was NaN or infinite, int32.
-      whole: the same for the whole update, scalars: the norm of all groups together, the norm that their
+      norm: the norms that came in, float32, `(rows,)`. At most the largest float32 unless entries are not
+        finite.
+      norm_after: the norms that went out, float32, `(rows,)`.
+      limit: the limits they were held against, float32, `(rows,)`.
+      factor: what the groups were multiplied by, float32, `(rows,)`; NaN where a NaN or an infinity was
+        propagated.
+      clipped: how often the factor was not 1, int32, `(rows,)`; steps with a norm that is not finite do not
+        count.
+      nonfinite: how often the norm was NaN or infinite, int32, `(rows,)`.
+      whole: the same for the whole update, `()` each: the norm of all groups together, the norm that their
         limits add up to, the ratio of the norms, and in how many steps any group was clipped or not finite.
+
+    >>> import jax.numpy as jnp, optaxclip as oc
+    >>> tx = oc.clip_by_leafwise_norm(1.0)
+    >>> grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([0.5])}
+    >>> updates, state = tx.update(grads, tx.init(grads))
+    >>> print(state.norm, state.norm_after, state.clipped, state.whole.norm)
+    [5.  0.5] [1.  0.5] [1 0] 5.024938
     """
 
     step: jax.Array
@@ -169,8 +179,8 @@ def rescale_by_norm(
     bit-identical. `docs/numerics.md` has the table of what happens at 0, infinity and NaN.
 
     Args:
-      limit: how large a norm may be: a number, an array, a schedule of the step, or one of
-        `optaxclip.limits`; not negative.
+      limit: how large a norm may be: a number, an array of shape `()` or `(rows,)`, a schedule of the step,
+        or one of `optaxclip.limits`; not negative.
       groups: which entries share a norm, one of `optaxclip.groups`.
       norm: how a group is measured, one of `optaxclip.norms`.
       response: what a group is multiplied by, one of `optaxclip.responses`.
@@ -202,6 +212,10 @@ def rescale_by_norm(
         or `update` gets a tree with another number of rows than `init` or lacks parameters that the limit
         needs. A state holds arrays and no names: trees with equally many rows cannot be told apart. Inside
         `shard_map`, if a leaf varies over mesh axes and `axis_name` is missing, or `specs` does not fit.
+
+    References:
+      With the defaults: [optax.clip_by_global_norm](https://optax.readthedocs.io/en/latest/api/transformations.html).
+      Named methods have those of their papers.
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> tx = oc.rescale_by_norm(1.0, groups=oc.groups.leaf())
@@ -256,6 +270,9 @@ def rescale_tree(
       TypeError: if an argument is of the wrong type, or the limit has state.
       ValueError: as in `rescale_by_norm`.
 
+    References:
+      `clip_pytree` of [jax-privacy](https://github.com/google-deepmind/jax_privacy).
+
     Per-example clipping is a `vmap` of it:
 
     >>> import jax, jax.numpy as jnp, optaxclip as oc
@@ -303,6 +320,9 @@ def group_norms(
     Raises:
       TypeError: if an argument is of the wrong type.
       ValueError: if the groups are inconsistent.
+
+    References:
+      Of the whole tree: [optax.global_norm](https://optax.readthedocs.io/en/latest/api/transformations.html).
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> oc.group_norms({"a": jnp.array([3.0, 4.0], jnp.bfloat16)})

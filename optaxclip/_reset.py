@@ -18,7 +18,7 @@ from optaxclip._walk import (
 
 
 class ResetMomentumState(NamedTuple):
-    """The state of `reset_momentum`.
+    """What is counted, and the state of the optimizer. See `reset_momentum`.
 
     Attributes:
       step: how many updates there were, int32, `()`.

@@ -47,7 +47,7 @@ def zscore(
       learn_from_spikes: whether the limit is learned in place of a spike.
 
     Returns:
-      A `Limit` whose state is mean, variance and count, three vectors of shape `(rows,)`.
+      A `Limit` whose state is mean and variance, float32, and count, int32, of shape `(rows,)` each.
 
     Raises:
       TypeError: if an argument is of the wrong type.
@@ -120,7 +120,7 @@ def quantile(
       initial: the first limit.
 
     Returns:
-      A `Limit` whose state is the limits, `(rows,)`.
+      A `Limit` whose state is the limits, float32 of shape `(rows,)`.
 
     Raises:
       TypeError: if an argument is of the wrong type.

@@ -20,7 +20,7 @@ NOBODY = -1  # the owner of what belongs to no leaf
 
 
 class SkipState(NamedTuple):
-    """The state of `skip_updates`, and what it saw at the last update.
+    """The state of the wrapper, and what it saw at the last update. See `skip_updates`.
 
     Vectors have one entry per row of the groups, in natural order of the groups' names. What is not watched
     has a limit of infinity. Before the first update norms, limits, losses and counts are 0.
@@ -30,9 +30,9 @@ class SkipState(NamedTuple):
       inner: the state of the optimizer inside.
       rule: the state of the limit on the norms.
       loss_rule: the state of the limit on the loss.
-      norm: the norms that came in, float32.
-      limit: the limits they were held against, float32.
-      skipped: how often a group's own norm was above its limit or not finite, int32.
+      norm: the norms that came in, float32, `(rows,)`.
+      limit: the limits they were held against, float32, `(rows,)`.
+      skipped: how often a group's own norm was above its limit or not finite, int32, `(rows,)`.
       loss: the loss that came in, float32, `()`; 0 if it is not watched.
       loss_limit: the limit it was held against, float32, `()`.
       loss_skipped: how often the loss was above its limit or not finite, int32, `()`.
@@ -92,8 +92,9 @@ def skip_updates(
 
     Args:
       inner: the optimizer, or all of a chain, to hold back.
-      limit: how large a norm or a loss may be: a number, an array, a schedule of the step, or one of
-        `optaxclip.limits`. None: `limits.mean_std(6.0, 128, warmup=64, unbiased=True)`, as OLMo-core.
+      limit: how large a norm or a loss may be: a number, an array of shape `()` or `(rows,)`, a schedule of
+        the step, or one of `optaxclip.limits`. None: as OLMo-core,
+        `limits.mean_std(6.0, 128, warmup=64, unbiased=True)`.
       groups: which entries share a norm, one of `optaxclip.groups`. Leaves in none go when all others do.
       norm: how a group is measured, one of `optaxclip.norms`.
       watch: `"norm"` for the norm of any group, `"loss"` for the scalar passed to `update` as `value=`, the

@@ -24,7 +24,7 @@ Number: TypeAlias = float | jax.Array
 
 
 class ScaleByStableAdamState(NamedTuple):
-    """The state of `scale_by_stable_adam`, and what it did at the last update.
+    """The state of the method, and what it did at the last update. See `scale_by_stable_adam`.
 
     Vectors have one entry per leaf, in natural order of the leaves' paths.
 
@@ -33,9 +33,9 @@ class ScaleByStableAdamState(NamedTuple):
       mean: the running means of the entries, a tree like the parameters in float32.
       rms: the roots of their second moments, a tree like the parameters in float32.
       weights: how much of the two there is, float32, `(2,)`; what takes their bias out.
-      ratio: the root mean square of entries over their `rms`, float32.
-      clipped: how often that was above the threshold, int32.
-      nonfinite: how often an entry was NaN or infinite, int32.
+      ratio: the root mean square of entries over their `rms`, float32, `(leaves,)`.
+      clipped: how often that was above the threshold, int32, `(leaves,)`.
+      nonfinite: how often an entry was NaN or infinite, int32, `(leaves,)`.
     """
 
     step: jax.Array

@@ -34,7 +34,8 @@ def percentile(q: float | jax.Array, window: int | None = None, *, include_curre
       include_current: whether the norm that is held against the limit counts.
 
     Returns:
-      A `Limit`. Its state has `window` float32 and a count per group, or 1,410 int32 and two float32.
+      A `Limit`. Its state is norms, float32 `(rows, window)`, and counts, int32 `(rows,)`; without a window a
+      histogram, int32 `(rows, 1410)`, and the least and the largest norm, float32 `(rows,)`.
 
     Raises:
       TypeError: if an argument is of the wrong type.
@@ -161,7 +162,7 @@ def mean_std(
       floor: the least standard deviation.
 
     Returns:
-      A `Limit`. Its state has `window` float32 and a count per group.
+      A `Limit` whose state is norms, float32 `(rows, window)`, and counts, int32 `(rows,)`.
 
     Raises:
       TypeError: if an argument is of the wrong type.

@@ -36,7 +36,9 @@ _APART = ", or keep the leaf out with groups.regex"
 
 
 def measured_only(name: str) -> Member:
-    """Puts leaves into the norm of group `name` without scaling them.
+    r"""Puts leaves into the norm of group `name` without scaling them.
+
+    $$n_g = \|u_{g \cup m}\|, \qquad u'_m = u_m \quad \text{for the leaves } m \text{ that it is for}$$
 
     For use in place of a name in `regex` and `labels`: parameters of another optimizer that should count
     towards the global norm, say.
@@ -58,7 +60,9 @@ def measured_only(name: str) -> Member:
 
 
 def scaled_only(name: str) -> Member:
-    """Scales leaves with group `name` without counting them in its norm.
+    r"""Scales leaves with group `name` without counting them in its norm.
+
+    $$n_g = \|u_g\|, \qquad u'_m = f(n_g, c_g)\,u_m \quad \text{for the leaves } m \text{ that it is for}$$
 
     For use in place of a name in `regex` and `labels`. A group that only has such leaves is an error.
 
@@ -67,6 +71,9 @@ def scaled_only(name: str) -> Member:
 
     Raises:
       TypeError: if `name` is no str, or empty.
+
+    References:
+      [Megatron-LM](https://github.com/NVIDIA/Megatron-LM), whose norm leaves out shared parameters.
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> rule = oc.groups.regex({oc.groups.scaled_only("all"): "copy", "all": ".*"})
@@ -93,7 +100,13 @@ def _by_leaf(where: str, place: Callable[[Leaf], Member | None], names: Sequence
 
 
 def whole() -> Groups:
-    """One group for the whole tree, called `whole`: its norm is the global norm.
+    r"""One group for the whole tree, called `whole`: its norm is the global norm.
+
+    $$n = \|u\|, \qquad \text{by default } \sqrt{\textstyle\sum_i |u_i|^2}$$
+
+    References:
+      Pascanu et al., [On the difficulty of training recurrent neural
+      networks](https://arxiv.org/abs/1211.5063), 2013.
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> oc.group_norms({"a": jnp.array([3.0]), "b": jnp.array([4.0])}, oc.groups.whole())
@@ -111,6 +124,10 @@ def layer(*, names: Sequence[str] | None = None) -> Groups:
     Args:
       names: paths to use in place of the tree's, one per leaf in tree order.
 
+    References:
+      Yu et al., [Block-Normalized Gradient Method](https://arxiv.org/abs/1707.04822), 2017, with layers as
+      blocks.
+
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> params = {"dense": {"kernel": jnp.array([[3.0]]), "bias": jnp.array([4.0])}}
     >>> oc.group_norms(params, oc.groups.layer())
@@ -124,6 +141,9 @@ def leaf(*, names: Sequence[str] | None = None) -> Groups:
 
     Args:
       names: paths to use in place of the tree's, one per leaf in tree order.
+
+    References:
+      [Keras' `clipnorm`](https://keras.io/api/optimizers/) goes by these.
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> oc.group_norms([jnp.array([3.0, 4.0]), jnp.array([12.0])], oc.groups.leaf())
@@ -262,6 +282,10 @@ def labels(rule: Any, *, names: Sequence[str] | None = None) -> Groups:
       TypeError: if a name is not one of these.
       ValueError: in `init`, if the tree of names has none for a leaf.
 
+    References:
+      [optax.partition](https://optax.readthedocs.io/en/latest/api/combining_optimizers.html), whose labels
+      are such a tree.
+
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> params = {"body": {"w": jnp.ones(9), "b": jnp.ones(7)}, "head": {"w": jnp.ones(4)}}
     >>> oc.group_norms(params, oc.groups.labels({"body": "slow", "head": None}))
@@ -296,7 +320,9 @@ def _parts(keys: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def unit(axis: Axes = None, *, names: Sequence[str] | None = None) -> Groups:
-    """One group for each output unit of each array, as adaptive gradient clipping has it.
+    r"""One group for each output unit of each array, as adaptive gradient clipping has it.
+
+    $$n_j = \sqrt{\textstyle\sum_i |w_{ij}|^2} \quad \text{for output } j \text{ of a dense kernel, in L2}$$
 
     By default the norm runs over these axes, following JAX's layouts with outputs last:
 
@@ -357,7 +383,9 @@ def unit(axis: Axes = None, *, names: Sequence[str] | None = None) -> Groups:
 
 
 def stacked(inner: Groups, where: str | Callable[[str], bool], axis: int = 0) -> Groups:
-    """Takes leaves that hold one layer per index of an axis apart: one group per index.
+    r"""Takes leaves that hold one layer per index of an axis apart: one group per index.
+
+    $$n_{g,k} = \|u_{g,k}\| \quad \text{over the entries at index } k \text{ of the axis}$$
 
     For models that scan over their layers. The result equals `inner` on the unstacked layers, one by one.
 
@@ -371,6 +399,9 @@ def stacked(inner: Groups, where: str | Callable[[str], bool], axis: int = 0) ->
       TypeError: if an argument is of the wrong type.
       ValueError: in `init`, if no leaf matches, the axis is out of range for one that does, or a group has
         both stacked and other leaves.
+
+    References:
+      `scan_aware_clip_by_block_rms` of [Levanter](https://github.com/marin-community/levanter).
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> params = {"layers": {"kernel": jnp.ones((3, 2, 2)), "bias": jnp.zeros((3, 2))}, "head": jnp.ones(4)}

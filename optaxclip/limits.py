@@ -75,12 +75,21 @@ def _stateless(
 def constant(c: float | jax.Array) -> Limit:
     """The same limit at every step: a number for all groups, or an array with one for each row.
 
+    $$c_t = c$$
+
     Args:
-      c: the limit, in the units of the norm; from 0 to inf.
+      c: the limit, in the units of the norm, from 0 to inf: a number, or an array of shape `()` or `(rows,)`.
+
+    Returns:
+      A `Limit` without state.
 
     Raises:
       TypeError: if `c` is no number and no array.
       ValueError: if `c` is negative or NaN.
+
+    References:
+      Pascanu et al., [On the difficulty of training recurrent neural
+      networks](https://arxiv.org/abs/1211.5063), 2013.
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> tree, stats = oc.rescale_tree({"w": jnp.array([3.0, 4.0])}, oc.limits.constant(2.5))
@@ -94,11 +103,19 @@ def constant(c: float | jax.Array) -> Limit:
 def schedule(fn: Callable[[Any], Any]) -> Limit:
     """A limit that depends on the step, such as any schedule of Optax.
 
+    $$c_t = f(t)$$
+
     Args:
-      fn: from the number of updates that came before, int32 of shape `()`, to the limit.
+      fn: from the number of updates that came before, int32 of shape `()`, to the limit, `()` or `(rows,)`.
+
+    Returns:
+      A `Limit` without state.
 
     Raises:
       TypeError: if `fn` is not callable.
+
+    References:
+      [Optax's schedules](https://optax.readthedocs.io/en/latest/api/optimizer_schedules.html).
 
     >>> import jax.numpy as jnp, optax, optaxclip as oc
     >>> tx = oc.clip_by_global_norm(oc.limits.schedule(optax.linear_schedule(50.0, 10.0, 2)))
@@ -114,15 +131,25 @@ def schedule(fn: Callable[[Any], Any]) -> Limit:
 
 
 def per_group(limits: Mapping[str, LimitLike]) -> Limit:
-    """A limit of its own for each group, by the group's name.
+    r"""A limit of its own for each group, by the group's name.
+
+    $$c_{t,g} = c^{(g)}_t \quad \text{for each group } g$$
 
     Args:
-      limits: from the name of every group to its limit: a number, an array, a schedule or a `Limit`.
-        Numbers apply to all rows of a group of several (`stacked`, `unit`).
+      limits: from the name of every group to its limit: a number, an array of shape `()` or with one entry
+        for each row of the group, a schedule or a `Limit`. Numbers apply to all rows of a group of several
+        (`stacked`, `unit`).
+
+    Returns:
+      A `Limit` whose state is a tuple of theirs.
 
     Raises:
       TypeError: if `limits` is not a dict.
       ValueError: if a limit is negative or NaN; in `init`, if a group is missing or unknown.
+
+    References:
+      `clip_pytree` of [jax-privacy](https://github.com/google-deepmind/jax_privacy), which takes a tree of
+      norms.
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> grads = {"body": jnp.array([3.0, 4.0]), "head": jnp.array([3.0, 4.0])}
@@ -186,6 +213,9 @@ def budget(total: LimitLike, by: Literal["uniform", "size"] = "uniform") -> Limi
       total: C: a number, an array of shape `()` or a schedule.
       by: `"uniform"` for equal shares, `"size"` for shares that grow with the entries of a group.
 
+    Returns:
+      A `Limit` without state.
+
     Raises:
       TypeError: if `total` is none of these.
       ValueError: if `total` is negative or NaN, or `by` is unknown.
@@ -224,8 +254,11 @@ def relative(ratio: LimitLike, floor: float | jax.Array = 1e-3) -> Limit:
     $$c_g = r \max(\|w_g\|, f)$$
 
     Args:
-      ratio: r, a number, an array or a schedule.
+      ratio: r, a number, an array of shape `()` or `(rows,)`, or a schedule.
       floor: f, the least that a group's parameters count as, so that groups initialised at zero can move.
+
+    Returns:
+      A `Limit` without state, which needs parameters.
 
     Raises:
       TypeError: if an argument is none of these.
@@ -262,12 +295,18 @@ def at_most(a: LimitLike, b: LimitLike) -> Limit:
     $$c_g = \min(a_g, b_g)$$
 
     Args:
-      a: a number, an array, a schedule or a `Limit`.
+      a: a number, an array of shape `()` or `(rows,)`, a schedule or a `Limit`.
       b: likewise.
+
+    Returns:
+      A `Limit` whose state is a pair of theirs.
 
     Raises:
       TypeError: if one of them is none of these.
       ValueError: if one is negative or NaN.
+
+    References:
+      Kumar et al., [ZClip](https://arxiv.org/abs/2504.02507), 2025: its cap beside the adaptive limit.
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> limit = oc.limits.at_most(oc.limits.per_group({"a": 1.0, "b": 9.0}), 2.0)
@@ -294,9 +333,15 @@ def after(steps: int, first: LimitLike, then: LimitLike) -> Limit:
       first: the limit for these.
       then: the limit for the rest.
 
+    Returns:
+      A `Limit` whose state is a pair of theirs.
+
     Raises:
       TypeError: if `steps` is not an integer.
       ValueError: if `steps` is negative.
+
+    References:
+      Wang et al., [AdaGC](https://arxiv.org/abs/2502.11034), 2025: a fixed limit before the adaptive one.
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> tx = oc.clip_by_global_norm(oc.limits.after(1, jnp.inf, 1.0))

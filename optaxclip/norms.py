@@ -68,6 +68,13 @@ def l2() -> Norm:
 
     $$n = \sqrt{\textstyle\sum_i |x_i|^2}$$
 
+    Returns:
+      A `Norm`; what it gives is float32 (float64 if any leaf is), `(rows,)`.
+
+    References:
+      [optax.global_norm](https://optax.readthedocs.io/en/latest/api/transformations.html), which sums in the
+      dtype of the leaves.
+
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> oc.group_norms({"w": jnp.array([3.0, 4.0])}, norm=oc.norms.l2())
     {'w': Array(5., dtype=float32)}
@@ -79,6 +86,13 @@ def l1() -> Norm:
     r"""The sum of the absolute values.
 
     $$n = \textstyle\sum_i |x_i|$$
+
+    Returns:
+      A `Norm`; what it gives is float32 (float64 if any leaf is), `(rows,)`.
+
+    References:
+      [torch.nn.utils.clip_grad_norm_](https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.clip_grad_norm_.html)
+      with `norm_type=1`.
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> oc.group_norms({"w": jnp.array([3.0, -4.0])}, norm=oc.norms.l1())
@@ -94,6 +108,13 @@ def linf() -> Norm:
 
     Clipping by it keeps the direction, unlike clipping by value.
 
+    Returns:
+      A `Norm`; what it gives is float32 (float64 if any leaf is), `(rows,)`.
+
+    References:
+      [torch.nn.utils.clip_grad_norm_](https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.clip_grad_norm_.html)
+      with `norm_type='inf'`.
+
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> oc.group_norms({"w": jnp.array([3.0, -4.0])}, norm=oc.norms.linf())
     {'w': Array(4., dtype=float32)}
@@ -106,8 +127,13 @@ def rms() -> Norm:
 
     $$n = \sqrt{\tfrac{1}{d} \textstyle\sum_{i=1}^{d} |x_i|^2}$$
 
-    A limit on it does not depend on the size of a group (Shazeer and Stern,
-    [Adafactor](https://arxiv.org/abs/1804.04235), 2018).
+    A limit on it does not depend on the size of a group.
+
+    Returns:
+      A `Norm`; what it gives is float32 (float64 if any leaf is), `(rows,)`.
+
+    References:
+      Shazeer and Stern, [Adafactor](https://arxiv.org/abs/1804.04235), 2018: its update clipping.
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> oc.group_norms({"w": jnp.array([3.0, -3.0, 3.0])}, norm=oc.norms.rms())
@@ -128,11 +154,15 @@ def lp(p: float) -> Norm:
       p: the order, a Python number, at least 1 and finite. Above about 40, `linf` says the same.
 
     Returns:
-      A `Norm`.
+      A `Norm`; what it gives is float32 (float64 if any leaf is), `(rows,)`.
 
     Raises:
       TypeError: if `p` is not a Python number.
       ValueError: if `p` is below 1, infinite or NaN.
+
+    References:
+      [torch.nn.utils.clip_grad_norm_](https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.clip_grad_norm_.html)
+      with `norm_type=p`.
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> print(oc.group_norms({"w": jnp.array([1.0, 2.0, 2.0])}, norm=oc.norms.lp(3))["w"])

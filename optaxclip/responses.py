@@ -70,6 +70,9 @@ def clip(floor: float | jax.Array = 0.0) -> Response:
     Args:
       floor: δ, the least factor, from 0 to 1. Above 0, large norms may stay above the limit.
 
+    Returns:
+      A `Response`; its factors are float32 (float64 if any leaf is), `(rows,)`.
+
     Raises:
       TypeError: if `floor` is neither a number nor an array.
       ValueError: if it is a number outside its range.
@@ -106,6 +109,9 @@ def band(
       low: l, the share of the limit that norms are raised to, from 0 to 1.
       most_up: u, the largest factor, at least 1.
       most_down: d, the least factor, from 0 to 1. At 1 nothing is scaled down.
+
+    Returns:
+      A `Response`; its factors are float32 (float64 if any leaf is), `(rows,)`.
 
     Raises:
       TypeError: if an argument is neither a number nor an array.
@@ -144,6 +150,9 @@ def psac(r: float | jax.Array = 0.1) -> Response:
     Args:
       r: how much small norms are spared, positive; the factor is largest at n = √r - r.
 
+    Returns:
+      A `Response`; its factors are float32 (float64 if any leaf is), `(rows,)`.
+
     Raises:
       TypeError: if `r` is neither a number nor an array.
       ValueError: if it is a number that is not positive.
@@ -174,6 +183,9 @@ def normalize() -> Response:
     An infinite limit changes nothing. A norm so small that the factor would leave float32's range is scaled
     up by the largest float32.
 
+    Returns:
+      A `Response`; its factors are float32 (float64 if any leaf is), `(rows,)`.
+
     References:
       Yu et al., [Block-Normalized Gradient Method](https://arxiv.org/abs/1707.04822), 2017.
 
@@ -194,6 +206,9 @@ def soft(kind: Literal["rational", "sqrt"] = "rational") -> Response:
 
     Args:
       kind: `"rational"` or `"sqrt"`.
+
+    Returns:
+      A `Response`; its factors are float32 (float64 if any leaf is), `(rows,)`.
 
     Raises:
       ValueError: if `kind` is neither.
@@ -217,6 +232,13 @@ def zero() -> Response:
     $$\text{factor} = 1 \text{ if } n \le c \text{ else } 0$$
 
     The optimizer behind it still takes its step: momentum goes on moving the parameters.
+
+    Returns:
+      A `Response`; its factors are float32 (float64 if any leaf is), `(rows,)`.
+
+    References:
+      `clipping_fn="global"` of [fast-differential-privacy](https://github.com/awslabs/fast-differential-privacy),
+      there for each example.
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> tree, stats = oc.rescale_tree({"w": jnp.array([3.0, 4.0])}, 1.0, response=oc.responses.zero())

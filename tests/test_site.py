@@ -1,5 +1,7 @@
-"""The documentation has everything that is public, with examples and formulas; its links lead somewhere."""
+"""The documentation has all that is public, with examples, shapes, formulas and sources; links lead on."""
 
+import dataclasses
+import doctest
 import importlib.util
 import inspect
 import re
@@ -15,18 +17,12 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-REFERENCE = [page for page in PAGES if page.parent.name == "api"]
+REFERENCE = [page for page in PAGES if page.parent == ROOT / "docs" / "api"]
 CODE = re.compile(r"^```.*?^```", re.M | re.S)
 LINK = re.compile(r"\]\((?!https?:|mailto:)([^)\s]*)\)")
 NAMES = [
     line.partition("(")[0] for line in (ROOT / "tests" / "api.txt").read_text(encoding="utf-8").splitlines()
 ]
-
-# What only names, prints, remembers or passes on has no equation.
-WITHOUT_FORMULA = {
-    *(name for name in NAMES if name.startswith("groups.")),
-    *("describe", "metrics", "record", "limits.constant", "limits.per_group", "limits.schedule"),
-}
 
 
 def named(name):
@@ -37,11 +33,70 @@ def named(name):
     return found
 
 
-# Fields and methods of classes are documented with them.
-PUBLIC = sorted(
-    {name for name in NAMES if not inspect.isclass(named(name.partition(".")[0])) or "." not in name}
-)
-FUNCTIONS = [name for name in PUBLIC if not inspect.isclass(named(name))]
+def of_class(name):
+    """Whether a name with a dot is that of a method or a property, which is documented with its class."""
+    return "." in name and inspect.isclass(named(name.partition(".")[0]))
+
+
+PUBLIC = sorted({name for name in NAMES if not of_class(name)})
+MEMBERS = sorted({name for name in NAMES if of_class(name)})
+CLASSES = [name for name in PUBLIC if inspect.isclass(named(name))]
+CALLED = [name for name in PUBLIC + MEMBERS if name not in CLASSES and callable(named(name))]
+
+# By which leaves are in a group there is nothing to reckon, nor where numbers are found, moved or shown. What
+# advice goes by, and what is compared, is in words in `docs/choosing.md`.
+WITHOUT_FORMULA = {
+    *("groups.depth", "groups.labels", "groups.layer", "groups.leaf", "groups.regex"),
+    *("describe", "metrics", "record", "RecordState"),
+    *("Groups", "Leaf", "Leaf.shape", "Member", "History"),
+    *("History.from_csv", "History.from_jsonl", "History.from_metrics", "History.from_state"),
+    *("History.load", "History.save", "History.table", "History.plot", "History.to_html"),
+    *("History.first_nonfinite", "History.advise", "Advice", "Advice.transformation", "Rule"),
+    *("History.compare", "Comparison", "Comparison.cells", "Comparison.table", "Replay.clipped"),
+}
+
+# What is this library's own: a few groupings, and whatever describes, logs and records, with its types.
+WITHOUT_REFERENCE = {
+    *("groups.depth", "groups.measured_only", "groups.regex", "describe", "metrics", "record"),
+    *("RecordState", "History", "Advice", "Comparison", "Replay"),
+    *("Groups", "Leaf", "Member", "Norm", "Limit", "Response", "Context", "Table"),
+}
+
+SHAPE = re.compile(r"`\((\w+(, \w+)*,?)?\)`")
+ARRAYS = re.compile(r"Array|ndarray|GradientTransformation|Stats")
+
+
+def doc(name):
+    """The docstring of a public name."""
+    return inspect.getdoc(named(name)) or ""
+
+
+def pointed(name):
+    """The docstring, and of a class or member that of the name in "See `name`." too, if it says so."""
+    own = doc(name)
+    others = re.findall(r"\bSee `([\w.]+)`\.", own) if name in CLASSES + MEMBERS else []
+    return "\n".join([own, *map(doc, others)])
+
+
+def section(text, title):
+    """The lines below the title of a section."""
+    found = re.search(rf"^{title}:\n((?:  .*\n|\n)*)", text + "\n", re.M)
+    return found.group(1) if found else ""
+
+
+def entries(name):
+    """What the docstring says of each argument or attribute."""
+    text = section(doc(name), "Attributes" if name in CLASSES else "Args")
+    return dict(re.findall(r"^  (\w+): ((?:.*\n)(?:   .*\n)*)", text, re.M))
+
+
+def arguments(name):
+    """The arguments of a function or method, or the public fields of a class."""
+    value = named(name)
+    if name not in CLASSES:
+        return [own for own in inspect.signature(value).parameters if own != "self"]
+    fields = getattr(value, "_fields", None) or [own.name for own in dataclasses.fields(value)]
+    return [own for own in fields if not own.startswith("_")]
 
 
 def anchors(page):
@@ -78,19 +133,65 @@ def test_every_page_of_the_reference_is_in_its_table():
     assert {page.name for page in REFERENCE} == listed | {"index.md"}
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_every_public_function_has_an_example_and_says_what_it_takes(name):
-    """The example runs as a doctest; arguments are in the docstring by name."""
-    text = inspect.getdoc(named(name)) or ""
-    assert ">>> " in text
-    for argument in inspect.signature(named(name)).parameters:
-        assert re.search(rf"^  {argument}: ", text, re.M), argument
+@pytest.mark.parametrize("name", PUBLIC + MEMBERS)
+def test_every_public_name_has_an_example(name):
+    """A doctest with an output; a property may have that of its class, a class that of where it points."""
+    text = pointed(name) if name in CLASSES else doc(name)
+    if name not in CLASSES and not callable(named(name)):
+        head, _, own = name.partition(".")
+        text += pointed(head) if re.search(rf">>> .*\.{own}\b", pointed(head)) else ""
+    assert any(example.want for example in doctest.DocTestParser().get_examples(text))
 
 
-@pytest.mark.parametrize("name", sorted({*FUNCTIONS} - WITHOUT_FORMULA))
-def test_every_method_norm_limit_and_response_has_a_formula(name):
-    """As TeX between two dollars, or one."""
-    assert re.search(r"\$[^$]+\$", inspect.getdoc(named(name)) or "")
+@pytest.mark.parametrize("name", CALLED + CLASSES)
+def test_every_argument_and_attribute_is_described(name):
+    """By its name, or all of them elsewhere: "as in `from_csv`"."""
+    same = re.search(r"all else as in `(\w+)`", doc(name))
+    listed = entries(f"{name.partition('.')[0]}.{same.group(1)}" if same else name)
+    assert [own for own in arguments(name) if own not in listed] == []
+
+
+@pytest.mark.parametrize("name", CALLED + CLASSES)
+def test_every_array_has_a_shape(name):
+    """What is an array says so with its shape, as `(rows,)`, or where to see it; so does what comes out.
+
+    A transformation names its state, whose fields are attributes of a class.
+    """
+    told = {
+        own: SHAPE.search(said) or re.search(r"\b([Ss]ee|[Aa]s in|[Ll]ikewise|tree|structure)\b", said)
+        for own, said in entries(name).items()
+    }
+    types = getattr(named(name), "__annotations__", {})
+    arrays = {own for own, said in entries(name).items() if "an array" in said}
+    if name in CLASSES:
+        arrays |= {own for own in arguments(name) if ARRAYS.search(str(types[own]))}
+    assert [own for own in sorted(arrays) if not told[own]] == []
+    if ARRAYS.search(str(types.get("return", ""))):
+        returned = section(doc(name), "Returns")
+        states = {*CLASSES, "scale_by_stable_adam", "optax.EmptyState"} & {
+            *re.findall(r"`([\w.]+)`", returned)
+        }
+        assert SHAPE.search(returned) or states
+
+
+@pytest.mark.parametrize("name", PUBLIC + MEMBERS)
+def test_every_name_with_mathematics_has_a_formula(name):
+    """As TeX between two dollars, or one; the exceptions have none."""
+    text = re.sub(r"`[^`\n]*`|^(>>>|\.\.\.).*$", "", pointed(name), flags=re.M)
+    assert bool(re.search(r"\$[^$]+\$", text)) != (name in WITHOUT_FORMULA)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_name_with_a_source_has_a_reference(name):
+    """With a link; the exceptions have none. Members have those of their class."""
+    sources = re.findall(r"^References:\n(?:  .*\n)+", pointed(name) + "\n", re.M)
+    assert any("](https://" in source for source in sources) != (name in WITHOUT_REFERENCE)
+
+
+def test_exceptions_are_names():
+    """None is left over from a name that has gone."""
+    assert {*PUBLIC, *MEMBERS} >= WITHOUT_FORMULA
+    assert {*PUBLIC} >= WITHOUT_REFERENCE
 
 
 def block(page, name):

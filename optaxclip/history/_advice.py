@@ -51,6 +51,14 @@ class Advice:
       code: a line that runs after `import optax, optaxclip as oc`.
       reasons: sentences with the numbers that led to it.
       comparison: what the candidates would have done to the recording; None if it is too short for that.
+
+    >>> import numpy as np, optaxclip as oc
+    >>> norms = np.exp(0.2 * np.random.default_rng(0).standard_normal((300, 3)))
+    >>> norms[[50, 120, 250]] *= 100
+    >>> history = oc.History(["layer_1/kernel", "layer_2/kernel", "head/kernel"], norms)
+    >>> advice = history.advise()
+    >>> print(advice.policy, advice.limit, np.round(advice.interval, 2))
+    global 2.15 [2.08 2.2 ]
     """
 
     policy: PolicyName
@@ -72,8 +80,19 @@ class Advice:
         Args:
           history: the `History` it came from, or another one of the same rows.
 
+        Returns:
+          What came of it. See `Replay`.
+
         Raises:
           TypeError: if the policy is `"none"` or `"undecided"`.
+
+        >>> import numpy as np, optaxclip as oc
+        >>> norms = np.exp(0.2 * np.random.default_rng(0).standard_normal((300, 3)))
+        >>> norms[[50, 120, 250]] *= 100
+        >>> history = oc.History(["layer_1/kernel", "layer_2/kernel", "head/kernel"], norms)
+        >>> advice = history.advise()
+        >>> print(advice.replay(history).norm_after.max().round(2))
+        2.15
         """
         if self.groups is None:
             raise TypeError(f"Advice.replay: the advice is {self.policy!r}, which is no policy to replay.")
@@ -82,7 +101,16 @@ class Advice:
         return history.replay(self._at_start, self.groups)
 
     def transformation(self) -> optax.GradientTransformation:
-        """What the code makes: a transformation to put first in `optax.chain`."""
+        """What the code makes: a transformation to put first in `optax.chain`.
+
+        Returns:
+          A transformation with a `RescaleState`; `optax.identity()` for `"none"` and `"undecided"`.
+
+        >>> import optaxclip as oc
+        >>> advice = oc.History(["a", "b"], [[3.0, 4.0]] * 100).advise()
+        >>> print(advice.code, advice.transformation().init({}))
+        optax.identity() EmptyState()
+        """
         return self._made
 
     def __str__(self) -> str:

@@ -56,6 +56,15 @@ class Comparison:
       rows: what each would have done.
       steps: how many steps the recording has.
       ordinary: how many of them are ordinary.
+
+    >>> import optaxclip as oc
+    >>> history = oc.History(["a", "b"], [[3.0, 4.0]] * 9 + [[3.0, 400.0]])
+    >>> found = history.compare({"global": oc.clip_by_global_norm(6.0), "none": float("inf")})
+    >>> print(found)
+    10 steps, 1 of them spikes
+    policy  clipped  of ordinary  largest after  spikes cut by  cosine  worst  rows apart by
+    global    10.0%         0.0%              6           66.7   1.000  1.000              1
+    none       0.0%         0.0%            400              1   1.000  1.000              1
     """
 
     rows: tuple[Compared, ...]
@@ -63,7 +72,14 @@ class Comparison:
     ordinary: int
 
     def cells(self) -> list[list[str]]:
-        """The table as text, its head first."""
+        """The table as text, its head first.
+
+        >>> import optaxclip as oc
+        >>> history = oc.History(["a", "b"], [[3.0, 4.0]] * 9 + [[3.0, 400.0]])
+        >>> found = history.compare({"global": oc.clip_by_global_norm(6.0), "none": float("inf")})
+        >>> print(found.cells()[1][:3])
+        ['global', '10.0%', '0.0%']
+        """
         lines = [["policy", *COLUMNS.values()]]
         for row in self.rows:
             values = row._asdict()
@@ -83,7 +99,14 @@ class Comparison:
         return "\n".join([f"{self.steps} steps, {spikes} of them spikes", *lines])
 
     def table(self) -> Any:
-        """The same as a `rich.table.Table`."""
+        """The same as a `rich.table.Table`.
+
+        >>> import optaxclip as oc
+        >>> history = oc.History(["a", "b"], [[3.0, 4.0]] * 9 + [[3.0, 400.0]])
+        >>> found = history.compare({"global": oc.clip_by_global_norm(6.0), "none": float("inf")})
+        >>> print(found.table().row_count, found.table().columns[0].header)
+        2 policy
+        """
         from rich.table import Table
 
         head, *lines = self.cells()

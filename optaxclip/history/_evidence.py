@@ -41,6 +41,16 @@ class Rule(NamedTuple):
         fallen, as they do in training; being lower costs nothing while limit / √entries is far above its eps.
       listed: the number of groups whose names and limits still make a line of code one can read.
       resamples: of the bootstrap behind the interval.
+
+    References:
+      Hampel, The influence curve and its role in robust estimation, 1974. You et al., [Large Batch Training
+      of Convolutional Networks](https://arxiv.org/abs/1708.03888), 2017. Brock et al., [High-Performance
+      Large-Scale Image Recognition Without Normalization](https://arxiv.org/abs/2102.06171), 2021.
+
+    >>> import optaxclip as oc
+    >>> history = oc.History(["a"], [[1.0]] * 30)
+    >>> print(history.advise().policy, history.advise(rule=oc.Rule(least_steps=20)).policy)
+    undecided none
     """
 
     least_steps: int = 50

@@ -131,6 +131,14 @@ class History:
         Raises:
           TypeError: if an argument is of the wrong type.
           ValueError: if there is not exactly one `RecordState`, or it has not as many rows as the groups.
+
+        >>> import jax.numpy as jnp, optaxclip as oc
+        >>> tx, params = oc.record(), {"w": jnp.zeros(2), "b": jnp.zeros(1)}
+        >>> grads = {"w": jnp.array([3.0, 4.0]), "b": jnp.ones(1)}
+        >>> updates, state = tx.update(grads, tx.init(params))
+        >>> history = oc.History.from_state(state, params)
+        >>> print(history.names, history.norms)
+        ('b', 'w') [[1. 5.]]
         """
         rows, norms, given = of_state(opt_state, params, groups, norm)
         return cls._of(rows, norms, name_of(norm), **given)
@@ -252,8 +260,17 @@ class History:
         It is a zip of plain arrays that `numpy.load` reads too. It is written beside the old file and then
         put in its place, so that there is always a whole one. Equal recordings make equal files.
 
+        Args:
+          path: the file.
+
         Raises:
           OSError: if it cannot be written; what was there before stays.
+
+        >>> import pathlib, tempfile, numpy as np, optaxclip as oc
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "run.npz")
+        >>> oc.History(["a", "b"], [[3.0, 4.0]]).save(path)
+        >>> print(np.load(path)["norms"])
+        [[3. 4.]]
         """
         _store.save(self, path)
 
@@ -284,17 +301,33 @@ class History:
 
     @property
     def whole(self) -> np.ndarray:
-        """The norm of all rows together, `(steps,)`."""
+        r"""The norm of all rows together, `(steps,)`; in L2 $\sqrt{\textstyle\sum_r n_{t,r}^2}$."""
         together = np.zeros(len(self.rows), int)
         return put_together(self.norms, self.sizes, together, 1, self.norm)[:, 0]
 
     def regrouped(self, groups: Groups) -> Regrouped:
-        """Which rows a grouping puts together, and how; `regroup` does it."""
+        """Which rows a grouping puts together, and how. See `History.regroup`.
+
+        Args:
+          groups: one of `optaxclip.groups`.
+
+        Returns:
+          A tuple of the `table` and `rows` of the groups, and for each recorded row its `place` among them,
+          and whether it is `measured` and `scaled`, `(rows,)` each.
+
+        >>> import optaxclip as oc
+        >>> history = oc.History(["a/kernel", "a/bias", "b/kernel"], [[3.0, 4.0, 1.0]])
+        >>> found = history.regrouped(oc.groups.layer())
+        >>> print(found.table.names, found.place)
+        ('a', 'b') [0 0 1]
+        """
         _checks.spec("History.regroup", Groups, groups=groups)
         return regroup(self.rows, self.sizes, groups)
 
     def regroup(self, groups: Groups) -> "History":
-        """The recording of coarser groups, as if it had been made with them.
+        r"""The recording of coarser groups, as if it had been made with them.
+
+        $$n_{t,g} = \sqrt{\textstyle\sum_{r \in g} n_{t,r}^2} \quad \text{in L2}$$
 
         What the grouping leaves alone is left out, and what it does not measure. Of the whole run only the
         last updates are kept, since histograms and maxima cannot be put together.
@@ -353,6 +386,9 @@ class History:
           response: what groups are multiplied by, one of `optaxclip.responses`; by default `clip()`.
           eps: as in `rescale_by_norm`.
           nonfinite: likewise.
+
+        Returns:
+          What came of it, step by step. See `Replay`.
 
         Raises:
           TypeError: if the transformation cannot be replayed on norms, or an argument is of the wrong type.
@@ -454,6 +490,11 @@ class History:
 
         Raises:
           ImportError: without rich, which `pip install 'optaxclip[cli]'` brings.
+
+        >>> import optaxclip as oc
+        >>> table = oc.History(["a", "b"], [[3.0, 4.0]]).table()
+        >>> print(table.row_count, table.columns[0].header)
+        3 group
         """
         from optaxclip.history import _tables
 
@@ -476,6 +517,12 @@ class History:
         Raises:
           ImportError: without Matplotlib, which `pip install 'optaxclip[plot]'` brings.
           ValueError: if a limit is negative or NaN, or has another shape.
+
+        >>> import pathlib, tempfile, optaxclip as oc
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "norms.png")
+        >>> oc.History(["a", "b"], [[3.0, 4.0], [3.0, 40.0]]).plot(limits=5.0).savefig(path)
+        >>> print(path.read_bytes()[1:4])
+        b'PNG'
         """
         from optaxclip.history import _plot
 
@@ -495,6 +542,12 @@ class History:
           ImportError: without Matplotlib, which `pip install 'optaxclip[plot]'` brings.
           OSError: if the file cannot be written.
           ValueError: if a limit is negative or NaN, or has another shape.
+
+        >>> import pathlib, tempfile, optaxclip as oc
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "run.html")
+        >>> oc.History(["a", "b"], [[3.0, 4.0], [3.0, 40.0]]).to_html(path)
+        >>> print(path.read_text(encoding="utf-8")[:15])
+        <!doctype html>
         """
         from optaxclip.history import _html
 

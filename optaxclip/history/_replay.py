@@ -23,7 +23,12 @@ LAST = np.iinfo(np.int32).max  # where training's counter of steps stops
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Replay:
-    """What a policy would have done to the updates of a recording; NumPy arrays, float64.
+    r"""What a policy would have done to the updates of a recording; NumPy arrays, float64.
+
+    $$n'_t = \sqrt{\textstyle\sum_r s_{t,r}^2\, n_{t,r}^2}, \qquad
+    \cos_t = \frac{\sum_r s_{t,r}\, n_{t,r}^2}{n_t\, n'_t}$$
+
+    for the whole update in L2, of rows with norms $n_{t,r}$ and factors $s_{t,r}$.
 
     Attributes:
       names: the groups of the policy.
@@ -33,12 +38,18 @@ class Replay:
       factor: what they would have been multiplied by, likewise; NaN where a NaN or an infinity propagates.
       after: their norms afterwards, likewise.
       norm_before: the norm of the whole update, all that was recorded, `(steps,)`.
-      norm_after: the same afterwards.
+      norm_after: the same afterwards, `(steps,)`.
       cosine: of the angle between the whole update before and after, `(steps,)`. NaN where one of them is
         zero or not finite, and where norms other than `l2` and `rms` were recorded, which have no angles.
       by_row: the factor of each recorded row, 1 where the policy leaves it alone, `(steps, rows)`.
       acted: in which updates any group's factor was not 1, bool `(steps,)`; groups that are not finite do
         not count.
+
+    >>> import optaxclip as oc
+    >>> history = oc.History(["a", "b"], [[3.0, 4.0], [3.0, 40.0]])
+    >>> found = history.replay(oc.clip_by_leafwise_norm(5.0))
+    >>> print(found.norm_after.round(3), found.cosine.round(3), found.clipped)
+    [5.    5.831] [1.    0.894] 0.5
     """
 
     names: tuple[str, ...]
