@@ -7,7 +7,7 @@ neither large nor small ones leave its range.
 import collections
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,21 +114,37 @@ def partials(blocks: Sequence[Block], norm: Norm, dtype: np.dtype) -> jax.Array:
         for k, block in enumerate(blocks)
         if block.scale is None
     }
+    scales = _unknown([block.scale for block in blocks], dtype, next(iter(plain.values()), None))
     found = []
-    for k, block in enumerate(blocks):
-        value = plain[k] if k in plain else _scaled(block, norm, dtype, next(iter(plain.values()), None))
+    for k, (block, scale) in enumerate(zip(blocks, scales, strict=True)):
+        value = plain[k] if k in plain else _scaled(block._replace(scale=scale), norm)
         found.append(value.reshape(-1) if block.weight is None else value.reshape(-1) * block.weight)
     return _flat(found)
 
 
-def _scaled(block: Block, norm: Norm, dtype: np.dtype, known: jax.Array | None) -> jax.Array:
-    scale = jnp.asarray(block.scale, dtype)
-    if known is not None:
-        # Never so, which XLA does not know: it would write a constant scale out, as large as the block.
-        scale = jnp.where(known < 0, known, scale)
-    scale = _mesh.replicate(scale, block.array)
-    scale = jnp.expand_dims(scale, block.reduced) if scale.ndim else scale
-    return _measured(times(widen(block.array, dtype), scale), block, norm)
+def _unknown(scales: Sequence[Any], dtype: np.dtype, known: jax.Array | None) -> list[Any]:
+    """The scales, constants as numbers of which XLA knows nothing, each a number of its own.
+
+    It would write a constant out, as large as the block, and a number that blocks of the same shape share.
+
+    Args:
+      scales: the scales, None where entries are read as they are.
+      dtype: what a constant becomes.
+      known: a norm, never negative; None where there is none yet, and no constant among the scales.
+    """
+    constants = [k for k, scale in enumerate(scales) if isinstance(scale, np.floating)]
+    if known is None or not constants:
+        return list(scales)
+    own = [jnp.where(known < 0, known, jnp.asarray(scales[k], dtype)) for k in constants]
+    found = dict(zip(constants, lax.optimization_barrier(own), strict=True))
+    return [found.get(k, scale) for k, scale in enumerate(scales)]
+
+
+def _scaled(block: Block, norm: Norm) -> jax.Array:
+    assert block.scale is not None
+    scale = _mesh.replicate(jnp.asarray(block.scale), block.array)
+    wide = jnp.expand_dims(scale, block.reduced) if scale.ndim else scale
+    return _measured(times(widen(block.array, scale.dtype), wide), block, norm)
 
 
 def peaks(blocks: Sequence[Block], dtype: np.dtype) -> jax.Array:
