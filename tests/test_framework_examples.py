@@ -9,7 +9,8 @@ import jax
 import pytest
 from rich.console import Console
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 # What is trained, with what; and a group that its user would know by this name.
 FRAMEWORKS = {
     "flax_nnx": ("flax", r"blocks/1: 2 leaves, 4,160 entries"),
@@ -18,6 +19,16 @@ FRAMEWORKS = {
     "haiku_mlp": ("haiku", r"mlp/~/linear_2: 2 leaves, 650 entries"),
     "keras_mlp": ("keras", r"mlp/hidden_1: 2 leaves, 4,160 entries"),
 }
+
+
+def in_gallery(name):
+    """The groups that the gallery shows of an example; those that it names as clipped are among them."""
+    page = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    groups, _, rest = page.split(f"<!-- {name} -->\n\n```text\n")[1].partition("```")[0].partition("loss: ")
+    clipped = re.findall(r"^(.+?)(?:\[\d+\])?: clipped in", rest, re.M)
+    assert len(clipped) == 3
+    assert all(f"\n{group}: " in groups for group in clipped)
+    return groups
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +49,7 @@ def test_an_example_trains_and_says_which_layers_were_clipped(load, capsys, name
     load(name).main(steps=60)
     said = capsys.readouterr().out
     assert group in said
+    assert said.partition("loss: ")[0] == in_gallery(name)
     first, last = map(float, re.search(r"loss: (\S+) at first, (\S+) in the end", said).groups())
     assert first > 2 > 1 > last
     shares = [int(share) for share in re.findall(r": clipped in (\d+)% of all steps", said)]

@@ -1,4 +1,4 @@
-"""Every row of the table *Numbers* of `docs/numerics.md`, over all dtypes."""
+"""The table of `docs/numerics.md`, over all dtypes; `test_edges.py` says what holds which row."""
 
 import chex
 import jax
@@ -251,6 +251,22 @@ def test_whole_norms_do_not_overflow_when_those_of_their_groups_are_huge():
     np.testing.assert_allclose(state.whole.norm, 5e37, rtol=1e-6)
     np.testing.assert_allclose(state.whole.norm_after, 8**0.5, rtol=1e-6)
     np.testing.assert_allclose(stats.norm_after, [1, 1], rtol=1e-6)
+
+
+def test_zscores_learn_norms_above_1e18_as_1e18():
+    """Their squares stay within float32; the norm that is reported is the true one."""
+    tx = oc.rescale_by_norm(oc.limits.zscore(warmup=2, mode="mean"))
+    update = jax.jit(tx.update)
+
+    def after(size):
+        state = tx.init(jnp.ones(1))
+        for norm in (1.0, size, 2.0):
+            _, state = update(jnp.full(1, norm), state)
+            assert state.norm.tolist() == [np.float32(norm)]
+        return state.rule
+
+    chex.assert_trees_all_equal(after(3e38), after(1e18))
+    assert any((x != y).any() for x, y in zip(after(1e18), after(5e17), strict=True))
 
 
 @pytest.mark.parametrize("response", RESPONSES)

@@ -1,8 +1,12 @@
 """Step for step beside what others published: the extra `peers` brings their packages."""
 
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from peers import SHAPES, STEPS, assert_same, gradients, ours
+from peers import DRAWN, assert_same, drawn, gradients, middle, ours
 
 import optaxclip as oc
 
@@ -11,14 +15,46 @@ torch = pytest.importorskip("torch", reason="the extra 'peers' is not installed"
 
 def theirs(grads, make):
     """The updates of every step of something with PyTorch's parameters; `make` returns what to call."""
-    model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.zeros(s)) for name, s in SHAPES.items()})
+    leaves, treedef = jax.tree.flatten(grads)
+    model = torch.nn.ParameterList([torch.zeros(x.shape[1:]) for x in leaves])
     clip, out = make(model), []
-    for k in range(STEPS):
-        for name, parameter in model.items():
-            parameter.grad = torch.tensor(grads[name][k])
+    for step in zip(*leaves, strict=True):
+        for parameter, x in zip(model, step, strict=True):
+            parameter.grad = torch.tensor(np.array(x))
         clip()
-        out.append({name: parameter.grad.numpy().copy() for name, parameter in model.items()})
-    return {name: np.stack([step[name] for step in out]) for name in SHAPES}
+        out.append([parameter.grad.numpy().copy() for parameter in model])
+    return treedef.unflatten([np.stack(x) for x in zip(*out, strict=True)])
+
+
+@pytest.mark.parametrize("seed", DRAWN)
+def test_any_tree_is_clipped_as_by_pytorch(seed):
+    """As a whole, what hangs off the top by its own norm, each parameter, and by value."""
+    grads = gradients(seed, drawn(seed))
+    top = [path[0].key for path, _ in jax.tree_util.tree_leaves_with_path(grads)]
+    limit, norm = middle(grads), torch.nn.utils.clip_grad_norm_
+
+    def parts(model):
+        own = [[p for p, key in zip(model, top, strict=True) if key == name] for name in sorted(set(top))]
+        return lambda: [norm(parameters, limit / 2) for parameters in own]
+
+    pairs = [
+        (oc.clip_by_global_norm(limit, eps=1e-6), lambda m: lambda: norm(m.parameters(), limit)),
+        (oc.clip_by_groupwise_norm(limit / 2, oc.groups.depth(1), eps=1e-6), parts),
+        (oc.clip_by_leafwise_norm(0.5, eps=1e-6), lambda m: lambda: [norm([p], 0.5) for p in m]),
+        (oc.clip_by_value(0.2), lambda m: lambda: torch.nn.utils.clip_grad_value_(m.parameters(), 0.2)),
+    ]
+    for tx, make in pairs:
+        assert_same(ours(tx, grads), theirs(grads, make), 1e-6)
+
+
+def test_the_numbers_of_the_guide_are_those_of_pytorch():
+    """`docs/moving.md` shows them, where they can be run without PyTorch."""
+    page = (Path(__file__).parents[1] / "docs" / "moving.md").read_text(encoding="utf-8")
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([0.003, 0.004])
+    torch.nn.utils.clip_grad_norm_([parameter], 0.001)
+    block = page.split("## From PyTorch")[1].partition("```\n")[0]
+    assert f"\n{jnp.array(parameter.grad.numpy())}\n" in block
 
 
 @pytest.mark.parametrize("max_norm", [0.01, 1.0, 100.0])

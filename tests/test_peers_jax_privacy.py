@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from peers import EXAMPLES, TREE, assert_close, clipped, examples, is_shape
+from peers import DRAWN, EXAMPLES, TREE, assert_close, clipped, drawn, examples, is_shape, middle
 
 import optaxclip as oc
 
@@ -38,6 +38,31 @@ def test_layers_are_clipped_as_by_clip_pytree_one_after_the_other():
     }
     ours, _ = jax.vmap(lambda tree: oc.rescale_tree(tree, 0.5, groups=oc.groups.layer()))(grads)
     assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("seed", DRAWN)
+def test_any_tree_is_clipped_as_by_clip_pytree(seed):
+    """Each example as a whole and by what hangs off the top of its tree, and the mean of all of them."""
+    grads = examples(seed, shapes=drawn(seed))
+    limit = middle(grads)
+
+    @jax.jit
+    @jax.vmap
+    def theirs(tree):
+        parts = {name: peer.clip_pytree(part, limit / 2)[0] for name, part in tree.items()}
+        return peer.clip_pytree(tree, limit)[0], parts
+
+    @jax.jit
+    @jax.vmap
+    def ours(tree):
+        parts, _ = oc.rescale_tree(tree, limit / 2, groups=oc.groups.depth(1))
+        return oc.rescale_tree(tree, limit)[0], parts
+
+    expected = theirs(grads)
+    assert_close(ours(grads), expected)
+    mean, state = clipped(oc.clip_per_example(limit), grads)
+    assert_close(mean, jax.tree.map(lambda x: x.mean(0), expected[0]))
+    assert state.clipped.tolist() == [0.5]
 
 
 @pytest.mark.parametrize("limit", LIMITS[1:-1])

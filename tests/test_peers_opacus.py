@@ -6,7 +6,7 @@ It has neither AUTO-S nor DP-PSAC.
 import jax
 import numpy as np
 import pytest
-from peers import EXAMPLES, assert_close, clipped, examples
+from peers import DRAWN, EXAMPLES, assert_close, clipped, drawn, examples, is_shape, middle
 
 import optaxclip as oc
 
@@ -51,6 +51,21 @@ def test_leafwise_clipping_is_per_layer_clipping_in_opacus():
     assert_close(ours, theirs)
     assert (state.clipped > 0).all()
     assert (state.clipped < 1).all()
+
+
+@pytest.mark.parametrize("seed", DRAWN)
+def test_any_tree_is_clipped_as_by_opacus(seed):
+    """Flat, and by parameter, each to the same; it has no parameters without axes."""
+    grads = examples(seed, shapes=jax.tree.map(lambda shape: shape or (1,), drawn(seed), is_leaf=is_shape))
+    limit = middle(grads)
+    theirs = Private(peer.DPOptimizer, grads, max_grad_norm=limit).step(grads)
+    ours, state = clipped(oc.clip_per_example(limit, eps=1e-6), grads)
+    assert_close(ours, theirs)
+    assert state.clipped.tolist() == [0.5]
+    limits = [limit / 3] * len(jax.tree.leaves(grads))
+    theirs = Private(peer.DPPerLayerOptimizer, grads, max_grad_norm=limits).step(grads)
+    ours, _ = clipped(oc.clip_per_example(limit / 3, groups=oc.groups.leaf(), eps=1e-6), grads)
+    assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(("target", "rate"), [(0.5, 0.2), (0.8, 1.0), (0.0, 0.5), (1.0, 0.5)])

@@ -58,16 +58,34 @@ def as_jax(tree, leading=0):
     }
 
 
-def test_adaptive_clipping_by_unit_in_the_layouts_of_jax_is_agc_in_those_of_pytorch():
-    """The default axes are one output unit of a dense layer, a convolution or a bias, transposed."""
+@pytest.fixture(scope="module")
+def agc():
+    """Gradients and parameters in PyTorch's layouts, and what theirs clips them to at 0.1."""
     grads, params = gradients(0, ARRAYS), weights(0, ARRAYS)
     params["dense"][1] = 0.0  # a unit that counts as `eps`
-    expected = {
+    clipped = {
         name: np.stack([peer.agc(torch.tensor(params[name]), torch.tensor(g), 1e-3, 0.1).numpy() for g in x])
         for name, x in grads.items()
     }
+    return grads, params, clipped
+
+
+def test_adaptive_clipping_by_unit_in_the_layouts_of_jax_is_agc_in_those_of_pytorch(agc):
+    """The default axes are one output unit of a dense layer, a convolution or a bias, transposed."""
+    grads, params, expected = agc
     found = ours(oc.adaptive_grad_clip(0.1, eps=1e-3), as_jax(grads, 1), as_jax(params))
     assert_same(found, as_jax(expected, 1), 2e-6)
+
+
+@pytest.mark.parametrize("axis", ["equinox", {"dense": 1, "conv": (1, 2, 3)}])
+def test_adaptive_clipping_of_arrays_with_outputs_first_is_agc_as_it_stands(agc, axis):
+    """`(out, in)` and OIHW, not transposed: numbers are the axes that a norm runs over, not the outputs'."""
+    grads, params, expected = agc
+    found = ours(oc.adaptive_grad_clip(0.1, axis=axis), grads, params)
+    assert_same(found, expected, 2e-6)
+    wrong = ours(oc.adaptive_grad_clip(0.1, axis={"dense|conv": 0}), grads, params)
+    for name in ("dense", "conv"):
+        assert np.abs(wrong[name] / expected[name] - 1).max() > 0.5
 
 
 def test_centralising_in_the_layouts_of_jax_is_that_of_pytorch_in_its_own():

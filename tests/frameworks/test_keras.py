@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from claims import drops_in, is_one, is_unit, units
+from peers import DRAWN, assert_same, drawn, gradients, middle, ours
 
 import optaxclip as oc
 
@@ -105,3 +106,30 @@ def test_adaptive_clipping_takes_a_framework_and_names():
     np.testing.assert_allclose(
         np.linalg.norm(updates[0], axis=0), 1e-3 * np.linalg.norm(params[0], axis=0), rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("seed", DRAWN)
+def test_clipping_has_the_numbers_of_keras(seed):
+    """Of `clipnorm`, `global_clipnorm` and `clipvalue`, by what SGD takes from variables of any shapes."""
+    grads = jax.tree.leaves(gradients(seed, drawn(seed)))
+    limit = middle(grads)
+    same = {
+        "clipnorm": (limit / 3, oc.clip_by_leafwise_norm(limit / 3)),
+        "global_clipnorm": (limit, oc.clip_by_global_norm(limit)),
+        "clipvalue": (0.2, oc.clip_by_value(0.2)),
+    }
+    zeros = [jnp.zeros(x.shape[1:]) for x in grads]
+    for name, (value, tx) in same.items():
+        sgd = keras.optimizers.SGD(1.0, **{name: value})
+        sgd.build([keras.Variable(x) for x in zeros])
+        state = [variable.value for variable in sgd.variables]
+        moved = jax.jit(
+            jax.vmap(lambda step, sgd=sgd, state=state: sgd.stateless_apply(state, step, zeros)[0])
+        )
+        assert_same(ours(tx, grads), [-x for x in moved(grads)], 1e-6)
+
+
+def test_keras_takes_one_of_its_three_limits():
+    """Two chain here, as the guide has it."""
+    with pytest.raises(ValueError, match="clipnorm"):
+        keras.optimizers.SGD(1.0, clipnorm=1.0, global_clipnorm=1.2)
