@@ -183,7 +183,7 @@ def test_numbers_of_adaptive_methods_can_be_injected(factory, numbers, static):
 
 
 def test_an_array_of_limits_can_be_injected():
-    """One for each group, in their order; it is a hyperparameter, and another is taken without a new trace."""
+    """One for each group, in their order; it is a hyperparameter, and a new one makes no new trace."""
     tx = optax.inject_hyperparams(oc.clip_by_layerwise_norm)(jnp.array([0.25, 2.0]))
     update = jax.jit(tx.update)
     state = tx.init(PARAMS)

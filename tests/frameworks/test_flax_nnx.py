@@ -270,7 +270,7 @@ def test_a_larger_model_drops_in(kind, x, names):
 
 @pytest.mark.parametrize("container", [dict, nnx.State], ids=["dict", "State"])
 def test_labels_under_an_optimizer_may_be_a_dict_or_a_state(container):
-    """Whichever `nnx.Optimizer` shows: `init` gets a state with `value` below each name, `update` pure arrays."""
+    """Whichever `nnx.Optimizer` shows: a state with `value` below each name in `init`, then pure arrays."""
     model = nnx.Dict(body=nnx.Linear(3, 3, rngs=nnx.Rngs(0)), head=nnx.Linear(3, 1, rngs=nnx.Rngs(1)))
     names = {"body": {"kernel": "kernels", "bias": None}, "head": {"kernel": "kernels", "bias": None}}
     groups = oc.groups.labels(container(names))

@@ -7,7 +7,6 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from claims import advised, drops_in, each, is_one, is_unit, units
 
@@ -83,7 +82,9 @@ def test_layers_of_a_layer_stack_are_taken_apart():
     model, x = hk.without_apply_rng(hk.transform(forward)), Z[0]
     params = jax.jit(model.init)(jax.random.key(1), x)
     stack = "__layer_stack_no_per_layer"
-    names = [f"{stack}/{n}" for n in ("attention/key", "attention/linear", "attention/query", "attention/value")]
+    names = [
+        f"{stack}/{n}" for n in ("attention/key", "attention/linear", "attention/query", "attention/value")
+    ]
     names.append(f"{stack}/dense")
     assert params[names[-1]]["w"].shape == (5, 4, 4)
     layers = {}

@@ -152,7 +152,9 @@ def test_the_code_of_advice_runs_on_a_dict_and_wants_names_for_a_list():
     paths = [f"mlp/hidden_{k}/{own}" for k in range(3) for own in ("kernel", "bias")]
     params = [jnp.ones((2, 2)) if path.endswith("kernel") else jnp.ones(2) for path in paths]
     advice = advised(params, 2, oc.groups.leaf(names=paths))
-    assert advice.code.endswith("oc.groups.regex({'mlp/hidden_1/kernel': '^mlp/hidden_1/kernel$', None: '.*'}))")
+    assert advice.code.endswith(
+        "oc.groups.regex({'mlp/hidden_1/kernel': '^mlp/hidden_1/kernel$', None: '.*'}))"
+    )
 
     def clipped(code, params):
         tx = eval(code, {"oc": oc, "names": paths})

@@ -71,13 +71,13 @@ def test_a_list_of_frozen_parameters_takes_their_labels_for_names(model):
     [
         ({"features": 3}, {"features_out": 5}, {"Linear.weights$": 0}),
         ({"embedding": 4}, {"heads": 2, "projection": 3}, {"Linear.weights$": 0, "bias$": (0, 1)}),
-        ({"heads": 2, "projection": 3}, {"embedding": 4}, {"out/Linear.weights$": (0, 1)}),
+        ({"heads": 2, "projection": 3}, {"embedding": 4}, {r"output/Linear\.weights$": (0, 1)}),
     ],
     ids=["dense", "to heads", "from heads"],
 )
 def test_units_of_a_linear_layer_are_its_outputs(inputs, outputs, axis):
     """By the derivative: `Linear.weights` has inputs first, and a norm runs over these."""
-    layer = pz.nn.Affine.from_config("out", jax.random.key(1), inputs, outputs)
+    layer = pz.nn.Affine.from_config("output", jax.random.key(1), inputs, outputs)
     unbound, variables = pz.unbind_params(layer)
     params = {variable.label: variable.value for variable in variables}
     x = pz.nx.wrap(jax.random.normal(jax.random.key(0), (8, *inputs.values()))).tag("batch", *inputs)
@@ -88,5 +88,22 @@ def test_units_of_a_linear_layer_are_its_outputs(inputs, outputs, axis):
         return y.untag("batch", *outputs).unwrap().reshape(8, -1)
 
     found = units(params, forward, oc.groups.unit(axis))
-    assert is_unit(found, "out/Linear.weights")
-    assert is_one(found, "out/AddBias.bias")
+    assert is_unit(found, "output/Linear.weights")
+    assert is_one(found, "output/AddBias.bias")
+
+
+def test_units_of_an_embedding_are_its_rows():
+    """One for each token: the only entries that its derivative is not zero in."""
+    table = pz.nn.EmbeddingTable.from_config(
+        "embedder", jax.random.key(1), vocab_size=7, embedding_axes={"e": 4}
+    )
+    unbound, variables = pz.unbind_params(pz.nn.EmbeddingLookup(table))
+    params = {variable.label: variable.value for variable in variables}
+
+    def forward(params):
+        values = [pz.ParameterValue(value=value, label=label) for label, value in params.items()]
+        found = pz.bind_variables(unbound, values)(pz.nx.wrap(jnp.arange(7)).tag("tokens"))
+        return found.untag("e", "tokens").unwrap()
+
+    found = units(params, forward, oc.groups.unit({"embeddings$": 1}))
+    assert is_unit(found, "embedder.embeddings")
