@@ -66,19 +66,23 @@ def test_a_list_of_frozen_parameters_takes_their_labels_for_names(model):
     assert list(oc.group_norms(frozen, oc.groups.layer(names=labels))) == ["mlp/Affine_0", "mlp/Affine_1"]
 
 
+UNITS = {r"output\.weights$": (0, 1), "weights$": 0, "embeddings$": 1}
+HEADS = {"heads": 2, "projection": 3}
+
+
 @pytest.mark.parametrize(
-    ("inputs", "outputs", "axis"),
+    ("kind", "name", "inputs", "outputs", "axis"),
     [
-        ({"features": 3}, {"features_out": 5}, {"Linear.weights$": 0}),
-        ({"embedding": 4}, {"heads": 2, "projection": 3}, {"Linear.weights$": 0, "bias$": (0, 1)}),
-        ({"heads": 2, "projection": 3}, {"embedding": 4}, {r"output/Linear\.weights$": (0, 1)}),
+        (pz.nn.Affine, "mlp", {"features": 3}, {"features_out": 5}, UNITS),
+        (pz.nn.Affine, "mlp", {"embedding": 4}, HEADS, {"bias$": (0, 1), **UNITS}),
+        (pz.nn.Linear, "attention/query", {"embedding": 4}, HEADS, UNITS),
+        (pz.nn.Linear, "attention/output", HEADS, {"embedding": 4}, UNITS),
     ],
-    ids=["dense", "to heads", "from heads"],
+    ids=["dense", "to heads, with a bias", "query", "output"],
 )
-def test_units_of_a_linear_layer_are_its_outputs(inputs, outputs, axis):
-    """By the derivative: `Linear.weights` has inputs first, and a norm runs over these."""
-    layer = pz.nn.Affine.from_config("output", jax.random.key(1), inputs, outputs)
-    unbound, variables = pz.unbind_params(layer)
+def test_units_of_a_linear_layer_are_its_outputs(kind, name, inputs, outputs, axis):
+    """By the derivative: weights have inputs first, and a norm runs over these."""
+    unbound, variables = pz.unbind_params(kind.from_config(name, jax.random.key(1), inputs, outputs))
     params = {variable.label: variable.value for variable in variables}
     x = pz.nx.wrap(jax.random.normal(jax.random.key(0), (8, *inputs.values()))).tag("batch", *inputs)
 
@@ -88,8 +92,9 @@ def test_units_of_a_linear_layer_are_its_outputs(inputs, outputs, axis):
         return y.untag("batch", *outputs).unwrap().reshape(8, -1)
 
     found = units(params, forward, oc.groups.unit(axis))
-    assert is_unit(found, "output/Linear.weights")
-    assert is_one(found, "output/AddBias.bias")
+    if kind is pz.nn.Affine:
+        assert is_one(found, f"{name}/AddBias.bias")
+    assert is_unit(found, f"{name}/Linear.weights" if kind is pz.nn.Affine else f"{name}.weights")
 
 
 def test_units_of_an_embedding_are_its_rows():
@@ -105,5 +110,5 @@ def test_units_of_an_embedding_are_its_rows():
         found = pz.bind_variables(unbound, values)(pz.nx.wrap(jnp.arange(7)).tag("tokens"))
         return found.untag("e", "tokens").unwrap()
 
-    found = units(params, forward, oc.groups.unit({"embeddings$": 1}))
+    found = units(params, forward, oc.groups.unit(UNITS))
     assert is_unit(found, "embedder.embeddings")
