@@ -340,8 +340,9 @@ def unit(axis: Axes = None, *, names: Sequence[str] | None = None) -> Groups:
 
     Ranks do not tell a 1-D convolution `WIO` from attention, an attention output `(heads, head, model)` from
     its input, or Equinox's `(out, in)` from `(in, out)`. Names do: `"equinox"`, `"flax"`, `"haiku"` and
-    `"keras"` stand for how that framework calls and shapes its arrays (haliax is as Equinox). With them
-    biases and scales of any rank are one group, and an embedding has one for each of its rows, a token.
+    `"keras"` stand for how that framework calls and shapes its arrays (haliax is as Equinox where a layer
+    has one output axis). With them biases and scales of any rank are one group, and an embedding has one for
+    each of its rows, a token.
 
     Args:
       axis: the axes that the norm runs over, for all arrays, negative ones counted from the end; or the name

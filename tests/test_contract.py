@@ -182,6 +182,43 @@ def test_numbers_of_adaptive_methods_can_be_injected(factory, numbers, static):
     chex.assert_trees_all_close(updates, expected, rtol=1e-6)
 
 
+def test_an_array_of_limits_can_be_injected():
+    """One for each group, in their order; it is a hyperparameter, and a new one makes no new trace."""
+    tx = optax.inject_hyperparams(oc.clip_by_layerwise_norm)(jnp.array([0.25, 2.0]))
+    update = jax.jit(tx.update)
+    state = tx.init(PARAMS)
+    before = oc.group_norms(GRADS, oc.groups.layer())
+    for limits in ([0.25, 2.0], [9.0, 0.5]):
+        state.hyperparams["max_norm"] = jnp.array(limits)
+        updates, state = update(GRADS, state, PARAMS)
+        after = oc.group_norms(updates, oc.groups.layer())
+        assert list(after) == ["head", "layers"]
+        expected = np.minimum(list(before.values()), limits)
+        np.testing.assert_allclose(list(after.values()), expected, rtol=1e-6)
+    assert update._cache_size() == 1
+    assert oc.metrics(state, PARAMS, oc.groups.layer())["clip/limit/layers"] == 0.5
+
+
+@pytest.mark.parametrize("method", ["clip_by_layerwise_norm", "autoclip", "automatic_clip"])
+def test_a_transformation_may_stand_in_a_branch(method):
+    """`lax.cond` wants the same structure, shapes and dtypes of a step that is taken and one that is not."""
+    tx = ALL[method]()
+
+    def clipped(grads, state):
+        return tx.update(grads, state, PARAMS)
+
+    def left_out(grads, state):
+        return grads, state
+
+    run = jax.jit(lambda take, state: jax.lax.cond(take, clipped, left_out, GRADS, state))
+    state = tx.init(PARAMS)
+    updates, same = run(False, state)
+    chex.assert_trees_all_equal((updates, same), (GRADS, state))
+    expected = tx.update(GRADS, state, PARAMS)
+    chex.assert_trees_all_close(run(True, state), expected, rtol=1e-6)
+    assert not np.array_equal(expected[0]["head"]["kernel"], GRADS["head"]["kernel"])
+
+
 def wrappers(tx):
     """Everything that Optax can put around a transformation, each in a chain with an optimizer."""
     inner = optax.chain(tx, optax.sgd(0.1, momentum=0.9))

@@ -24,6 +24,25 @@ def npz(state: Any, like: Any) -> Any:
         return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name in arrays])
 
 
+def rows(params: Any, groups: oc.groups.Groups) -> list[str]:
+    """The names of the rows of groups, as logs have them: `layers[3]` where a group has several."""
+    return [
+        f"{name}[{k}]" if norm.ndim else name
+        for name, norm in oc.group_norms(params, groups).items()
+        for k in range(norm.size)
+    ]
+
+
+def at(k: int, tree: Any, axis: int = 0) -> list[np.ndarray]:
+    """The leaves of one layer, out of arrays that hold several along an axis."""
+    return [np.take(np.asarray(x), k, axis) for x in jax.tree.leaves(tree)]
+
+
+def each(name: str, count: int, select: Callable[[Any], Any], axis: int = 0) -> dict[str, Callable]:
+    """Stacked layers as `drops_in` wants them: from the name of each row to its leaves."""
+    return {f"{name}[{k}]": lambda tree, k=k: at(k, select(tree), axis) for k in range(count)}
+
+
 def drops_in(
     params: Any,
     loss: Callable[[Any], jax.Array],
@@ -37,6 +56,7 @@ def drops_in(
       params: the parameters.
       loss: a function of them.
       layers: from the names expected of the layers, in order, to how the framework's users get at one.
+        Stacked layers have a name for each.
       groups: a grouping in place of `layer()`.
       restart: writes a state and reads it back, given the state and a fresh one.
 
@@ -45,11 +65,11 @@ def drops_in(
     """
     groups = oc.groups.layer() if groups is None else groups
     tx = optax.chain(
-        oc.record(oc.groups.leaf(names=groups.names)),
+        oc.record(groups),
         oc.clip_by_groupwise_norm(LIMIT, groups),
         optax.sgd(1.0, momentum=0.9),
     )
-    assert list(oc.group_norms(params, groups)) == list(layers)
+    assert rows(params, groups) == list(layers)
 
     traces = []
 
@@ -72,15 +92,14 @@ def drops_in(
     assert losses[2] < losses[0]
 
     logs = oc.metrics(state, params, groups)
-    history = oc.History.from_state(state, params, oc.groups.leaf(names=groups.names))
+    history = oc.History.from_state(state, params, groups)
     assert history.loss.tolist() == losses
-    squares = 0.0
-    for name, select in layers.items():
+    assert list(history.names) == list(layers)
+    for (name, select), recorded in zip(layers.items(), history.norms[-1], strict=True):
         norm = np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(select(grads))))
-        squares += norm**2
+        np.testing.assert_allclose(recorded, norm, rtol=1e-5)
         np.testing.assert_allclose(logs[f"clip/norm_before/{name}"], norm, rtol=1e-5)
         np.testing.assert_allclose(logs[f"clip/norm_after/{name}"], min(norm, LIMIT), rtol=1e-5)
-    np.testing.assert_allclose(np.linalg.norm(history.norms[-1]), squares**0.5, rtol=1e-5)
 
     again = step(before[0], restart(before[1], started))
     chex.assert_trees_all_equal(again, (params, state, value, grads))
@@ -117,3 +136,25 @@ def is_unit(found: dict[str, np.ndarray], name: str) -> bool:
 def is_one(found: dict[str, np.ndarray], name: str) -> bool:
     """Whether a leaf is one group, which every output depends on."""
     return found[name].shape[1] == 1 and found[name].all()
+
+
+def advised(params: Any, spiking: int, groups: oc.groups.Groups | None = None) -> oc.Advice:
+    """Advice on a recording of a tree of which one leaf spikes.
+
+    Args:
+      params: the tree, which is also every update, but for scales.
+      spiking: which leaf, counted in the tree's order.
+      groups: a grouping in place of `leaf()`.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    scales = np.exp(0.2 * np.random.default_rng(0).standard_normal((300, len(leaves)), np.float32))
+    scales[50::50, spiking] *= 100
+    groups = oc.groups.leaf() if groups is None else groups
+    tx = oc.record(groups, capacity=300)
+
+    def step(state, scale):
+        updates = structure.unflatten([x * s for x, s in zip(leaves, scale, strict=True)])
+        return tx.update(updates, state)[1], None
+
+    state, _ = jax.jit(lambda state: jax.lax.scan(step, state, scales))(tx.init(params))
+    return oc.History.from_state(state, params, groups).advise()

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from claims import drops_in, is_one, is_unit, units
+from claims import drops_in, each, is_one, is_unit, units
 
 import optaxclip as oc
 
@@ -80,19 +80,113 @@ def test_a_parameter_called_value_keeps_its_name_beside_others():
     assert list(oc.group_norms(Attention(jnp.ones(2), jnp.ones(2)), oc.groups.leaf())) == ["key", "value"]
 
 
+class Transformer(eqx.Module):
+    """A block, an embedding before it and a head behind it, and dropout."""
+
+    embed: eqx.nn.Embedding
+    norms: list
+    attention: eqx.nn.MultiheadAttention
+    mlp: eqx.nn.MLP
+    dropout: eqx.nn.Dropout
+    head: eqx.nn.Linear
+
+    def __init__(self, key):
+        """Makes the layers."""
+        keys = jax.random.split(key, 4)
+        self.embed = eqx.nn.Embedding(7, 4, key=keys[0])
+        self.norms = [eqx.nn.LayerNorm(4), eqx.nn.LayerNorm(4)]
+        self.attention = eqx.nn.MultiheadAttention(2, 4, key=keys[1])
+        self.mlp = eqx.nn.MLP(4, 4, 8, 1, key=keys[2])
+        self.dropout = eqx.nn.Dropout(0.1)
+        self.head = eqx.nn.Linear(4, 1, key=keys[3])
+
+    def __call__(self, tokens):
+        """Calls them."""
+        x = jax.vmap(self.embed)(tokens)
+        y = jax.vmap(self.norms[0])(x)
+        x += self.attention(y, y, y)
+        x += self.dropout(jax.vmap(self.mlp)(jax.vmap(self.norms[1])(x)), inference=True)
+        return jax.vmap(self.head)(x)
+
+
+def test_a_transformer_drops_in():
+    """Attention is four layers; dropout, whose `p` is filtered out, is none."""
+    params, static = eqx.partition(Transformer(KEY), eqx.is_inexact_array)
+    tokens = jnp.arange(12).reshape(4, 3) % 7
+    projections = ("key", "output", "query", "value")
+    layers = {
+        **{f"attention/{n}_proj": lambda t, n=n: getattr(t.attention, f"{n}_proj") for n in projections},
+        "embed": lambda tree: tree.embed,
+        "head": lambda tree: tree.head,
+        **{f"mlp/layers/{k}": lambda tree, k=k: tree.mlp.layers[k] for k in range(2)},
+        **{f"norms/{k}": lambda tree, k=k: tree.norms[k] for k in range(2)},
+    }
+    drops_in(params, lambda p: jnp.mean((jax.vmap(eqx.combine(p, static))(tokens) - 1) ** 2), layers)
+    one = oc.groups.regex({r"\1": [r"^(attention)/", r"^(.*)/\w+$"]})
+    assert list(oc.group_norms(params, one)) == ["attention", *list(layers)[4:]]
+
+
+def test_metrics_want_the_filtered_model_too():
+    """The `p` of dropout is a Python float: a layer where it is not filtered out."""
+    model = [eqx.nn.Linear(3, 1, key=KEY), eqx.nn.Dropout(0.5)]
+    params, layer = eqx.filter(model, eqx.is_inexact_array), oc.groups.layer()
+    assert list(oc.group_norms(model, layer)) == ["0", "1"]
+    assert list(oc.group_norms(params, layer)) == ["0"]
+    tx = optax.chain(oc.record(layer), oc.clip_by_layerwise_norm(1.0))
+    _, state = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    assert oc.metrics(state, params, layer)["clip/norm_before/0"] == 2
+    assert oc.History.from_state(state, params, layer).norms.tolist() == [[2]]
+    with pytest.raises(ValueError, match=r"metrics: the state has 1 rows; these .* have 2: '0', '1'"):
+        oc.metrics(state, model, layer)
+    with pytest.raises(ValueError, match=r"Pass the groups and the tree"):
+        oc.History.from_state(state, model, layer)
+
+
+class Block(eqx.Module):
+    """What is stacked."""
+
+    attention: eqx.nn.MultiheadAttention
+    dense: eqx.nn.Linear
+
+    def __init__(self, key):
+        """Makes the layers."""
+        self.attention = eqx.nn.MultiheadAttention(2, 3, qk_size=2, vo_size=2, key=key)
+        self.dense = eqx.nn.Linear(3, 3, key=key)
+
+    def __call__(self, x):
+        """Calls them."""
+        return jnp.tanh(jax.vmap(self.dense)(x + self.attention(x, x, x)))
+
+
 def test_layers_made_by_vmap_are_taken_apart():
     """Each index of the first axis has a norm of its own, and its own units."""
-    layers = eqx.filter_vmap(lambda key: eqx.nn.Linear(3, 4, key=key))(jax.random.split(KEY, 5))
-    params = {"layers": layers, "head": eqx.nn.Linear(4, 1, key=KEY)}
-    stacked = oc.groups.stacked(oc.groups.layer(), "^layers/")
-    norms = oc.group_norms(params, stacked)
-    expected = [np.hypot(*map(np.linalg.norm, (layers.weight[k], layers.bias[k]))) for k in range(5)]
-    np.testing.assert_allclose(norms["layers"], expected, rtol=1e-6)
+    blocks = eqx.filter_vmap(Block)(jax.random.split(KEY, 5))
+    model = {"layers": blocks, "head": eqx.nn.Linear(3, 1, key=KEY)}
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+
+    def loss(params):
+        def through(x, layer):
+            return eqx.combine(layer, static["layers"])(x), None
+
+        x, _ = jax.lax.scan(through, X, params["layers"])
+        return jnp.mean((jax.vmap(eqx.combine(params["head"], static["head"]))(x) - 1) ** 2)
+
+    projections = [f"{name}_proj" for name in ("key", "output", "query", "value")]
+    layers = {"head": lambda tree: tree["head"]}
+    for name in projections:
+        select = lambda tree, name=name: getattr(tree["layers"].attention, name)  # noqa: E731
+        layers |= each(f"layers/attention/{name}", 5, select)
+    layers |= each("layers/dense", 5, lambda tree: tree["layers"].dense)
+    drops_in(params, loss, layers, oc.groups.stacked(oc.groups.layer(), "^layers/"))
+
     found = oc.group_norms(params, oc.groups.stacked(EQUINOX, "^layers/"))
+    own = {f"attention/{name}": getattr(blocks.attention, name) for name in projections}
+    for name, linear in (own | {"dense": blocks.dense}).items():
+        expected = np.linalg.norm(linear.weight, axis=2).ravel()
+        np.testing.assert_allclose(found[f"layers/{name}/weight"], expected, rtol=1e-6)
     np.testing.assert_allclose(
-        found["layers/weight"], np.linalg.norm(layers.weight, axis=2).ravel(), rtol=1e-6
+        found["layers/dense/bias"], np.linalg.norm(blocks.dense.bias, axis=1), rtol=1e-6
     )
-    assert found["layers/bias"].shape == (5,)
     assert found["head/weight"].shape == ()
 
 
@@ -118,6 +212,17 @@ def test_units_of_layers_are_their_outputs(module, shape):
     found = units(params, last(lambda p: eqx.combine(p, static)(x)), EQUINOX)
     assert is_unit(found, "weight")
     assert is_one(found, "bias")
+
+
+@pytest.mark.parametrize("name", ["query_proj", "key_proj", "value_proj", "output_proj"])
+def test_units_of_projections_are_their_outputs(name):
+    """By the derivative: `(out, in)`, heads and features along one axis."""
+    attention = eqx.nn.MultiheadAttention(2, 4, qk_size=3, vo_size=5, use_query_bias=True, key=KEY)
+    own = {name: getattr(attention, name)}
+    x = jax.random.normal(KEY, (3, own[name].in_features))
+    found = units(own, lambda p: jax.vmap(p[name])(x), EQUINOX)
+    assert is_unit(found, f"{name}/weight")
+    assert found[f"{name}/weight"].shape[0] == {"query_proj": 6, "key_proj": 6, "value_proj": 10}.get(name, 4)
 
 
 def test_units_of_attention_and_recurrent_cells_are_rows():

@@ -1,12 +1,14 @@
 """Flax linen: plain, in boxes, scanned over layers, with attention."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from claims import drops_in, is_one, is_unit, units
+from claims import drops_in, each, is_one, is_unit, units
 
 import optaxclip as oc
 
@@ -16,6 +18,7 @@ from flax.core import freeze
 from flax.training.train_state import TrainState
 
 X = jax.random.normal(jax.random.key(0), (8, 3))
+Z = jax.random.normal(jax.random.key(2), (2, 3, 4))
 FLAX = oc.groups.unit("flax")
 
 
@@ -62,6 +65,21 @@ def test_all_variables_or_their_params_or_a_frozen_dict(container):
         assert isinstance(oc.rescale_tree(tree, 1.0)[0], type(tree))
 
 
+@pytest.mark.parametrize(
+    ("of_labels", "of_updates"), [(freeze, dict), (dict, freeze)], ids=["FrozenDict", "dict"]
+)
+def test_labels_may_be_in_another_container_than_updates(of_labels, of_updates):
+    """What counts are the keys: a mask or `partition` of Optax would want the same containers."""
+    params = of_updates({"body": {"kernel": jnp.full(4, 3.0)}, "head": {"kernel": jnp.full(4, 5.0)}})
+    groups = oc.groups.labels(of_labels({"body": {"kernel": "slow"}, "head": None}))
+    tx = oc.clip_by_groupwise_norm(2.0, groups)
+    updates, state = jax.jit(tx.update)(params, tx.init(params))
+    assert isinstance(updates, type(params))
+    np.testing.assert_allclose(updates["body"]["kernel"], 1.0, rtol=1e-6)
+    np.testing.assert_array_equal(updates["head"]["kernel"], 5.0)
+    np.testing.assert_allclose(oc.metrics(state, params, groups)["clip/norm_before/slow"], 6, rtol=1e-6)
+
+
 def test_depth_counts_the_key_params():
     """Of all variables the first key is `params`: one group. Pass their `params`, or one more level."""
     variables = jax.jit(Small().init)(jax.random.key(1), X)
@@ -84,49 +102,132 @@ def test_boxes_of_partitioned_parameters_do_not_show():
     np.testing.assert_allclose(state.norm, [0, 3], rtol=1e-6)
 
 
-class Block(nn.Module):
-    """What is scanned over."""
+class Transformer(nn.Module):
+    """A block, an embedding before it and a head behind it."""
 
     @nn.compact
-    def __call__(self, x, _):
-        return nn.tanh(nn.Dense(3)(x)), None
-
-
-class Scanned(nn.Module):
-    """Five layers in one array, along an axis, and a head."""
-
-    axis: int
-
-    @nn.compact
-    def __call__(self, x):
-        axes = {"variable_axes": {"params": self.axis}, "split_rngs": {"params": True}, "length": 5}
-        x, _ = nn.scan(Block, **axes)(name="layers")(x, None)
+    def __call__(self, tokens):
+        x = nn.Embed(7, 4)(tokens)
+        x += nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x))
+        x += nn.Dense(4)(nn.gelu(nn.Dense(8)(nn.LayerNorm()(x))))
         return nn.Dense(1, name="head")(x)
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_layers_that_are_scanned_over_are_taken_apart(axis):
+TRANSFORMER = [
+    "Dense_0",
+    "Dense_1",
+    "Embed_0",
+    "LayerNorm_0",
+    "LayerNorm_1",
+    "MultiHeadDotProductAttention_0/key",
+    "MultiHeadDotProductAttention_0/out",
+    "MultiHeadDotProductAttention_0/query",
+    "MultiHeadDotProductAttention_0/value",
+    "head",
+]
+
+
+def below(name):
+    """How a module is got at by its path."""
+    return lambda tree: functools.reduce(lambda tree, key: tree[key], name.split("/"), tree)
+
+
+def test_a_transformer_drops_in():
+    """Attention is four layers, and one where a pattern or the depth says so."""
+    model, tokens = Transformer(), jnp.arange(12).reshape(4, 3) % 7
+    params = jax.jit(model.init)(jax.random.key(1), tokens)["params"]
+    layers = {name: below(name) for name in TRANSFORMER}
+    drops_in(params, lambda p: jnp.mean((model.apply({"params": p}, tokens) - 1) ** 2), layers)
+    one = [*TRANSFORMER[:5], "MultiHeadDotProductAttention_0", "head"]
+    assert list(oc.group_norms(params, oc.groups.depth(1))) == one
+    pattern = oc.groups.regex({r"\1": [r"^(.*MultiHeadDotProductAttention_\d+)/", r"^(.*)/\w+$"]})
+    assert list(oc.group_norms({"block": params}, pattern)) == [f"block/{name}" for name in one]
+
+
+class Block(nn.Module):
+    """What is scanned over."""
+
+    boxed: bool
+
+    @nn.compact
+    def __call__(self, x, _):
+        init = nn.initializers.lecun_normal()
+        init = nn.with_partitioning(init, ("in", "out")) if self.boxed else init
+        x = nn.MultiHeadDotProductAttention(2, qkv_features=6)(x)
+        return nn.tanh(nn.Dense(4, kernel_init=init)(x)), None
+
+
+class Scanned(nn.Module):
+    """Three layers in one array, along an axis, and a head."""
+
+    axis: int
+    boxed: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        axes = {"variable_axes": {"params": self.axis}, "split_rngs": {"params": True}, "length": 3}
+        scan = nn.scan(Block, **axes, metadata_params={nn.PARTITION_NAME: "layers"})
+        return nn.Dense(1, name="head")(scan(self.boxed, name="layers")(x, None)[0])
+
+
+ATTENTION = "layers/MultiHeadDotProductAttention_0"
+STACKS = ["layers/Dense_0", *(f"{ATTENTION}/{name}" for name in ("key", "out", "query", "value"))]
+
+
+@pytest.mark.parametrize(("axis", "boxed"), [(0, False), (1, True)], ids=["axis 0", "axis 1, in boxes"])
+def test_layers_that_are_scanned_over_are_taken_apart(axis, boxed):
     """The path shows nothing of the axis that counts the layers; `stacked` is told."""
-    model = Scanned(axis)
-    params = jax.jit(model.init)(jax.random.key(1), X)["params"]
-    assert params["layers"]["Dense_0"]["kernel"].shape == ((5, 3, 3) if axis == 0 else (3, 5, 3))
-    layers = {"head": lambda tree: tree["head"], "layers/Dense_0": lambda tree: tree["layers"]}
-    assert list(oc.group_norms(params, oc.groups.layer())) == list(layers)
+    model = Scanned(axis, boxed)
+    params = jax.jit(model.init)(jax.random.key(1), Z)["params"]
+    kernel = params["layers"]["Dense_0"]["kernel"]
+    assert isinstance(kernel, nn.Partitioned) == boxed
+    assert nn.unbox(kernel).shape == ((3, 4, 4) if axis == 0 else (4, 3, 4))
+    assert list(oc.group_norms(params, oc.groups.layer())) == ["head", *STACKS]
     stacked = oc.groups.stacked(oc.groups.layer(), "^layers/", axis)
-    norms = oc.group_norms(params, stacked)["layers/Dense_0"]
-    kernel = np.moveaxis(np.asarray(params["layers"]["Dense_0"]["kernel"]), axis, 0)
-    np.testing.assert_allclose(norms, np.linalg.norm(kernel.reshape(5, 9), axis=1), rtol=1e-6)
-    tx = optax.chain(oc.clip_by_groupwise_norm(1e-4, stacked), optax.sgd(1.0))
-    grads = jax.grad(lambda p: jnp.mean((model.apply({"params": p}, X) - 1) ** 2))(params)
-    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
-    logs = oc.metrics(state, params, stacked)
-    clipped = oc.group_norms(updates, stacked)["layers/Dense_0"]
-    for k in range(5):
-        assert logs[f"clip/norm_before/layers/Dense_0[{k}]"] > 1e-4
-        np.testing.assert_allclose(clipped[k], 1e-4, rtol=1e-5)
-    units_of_layers = oc.group_norms(params, oc.groups.stacked(FLAX, "^layers/", axis))
-    assert units_of_layers["layers/Dense_0/kernel"].shape == (5 * 3,)
-    assert units_of_layers["layers/Dense_0/bias"].shape == (5,)
+    layers = {"head": below("head")}
+    for name in STACKS:
+        layers |= each(name, 3, below(name), axis)
+    drops_in(params, lambda p: jnp.mean((model.apply({"params": p}, Z) - 1) ** 2), layers, stacked)
+
+
+def like(shapes):
+    """Arrays of these shapes, without zeros."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_units_of_layers_that_are_scanned_over_are_those_of_each(axis):
+    """One layer after the other, as if each stood alone."""
+    params = like(jax.eval_shape(Scanned(axis).init, jax.random.key(1), Z)["params"])
+    norms = oc.group_norms(params, oc.groups.stacked(FLAX, "^layers/", axis))
+    apart = [jax.tree.map(lambda x: x.take(k, axis), params["layers"]) for k in range(3)]  # noqa: B023
+    for name in STACKS:
+        kernels = [np.asarray(below(name)({"layers": own})["kernel"]) for own in apart]
+        kind = name.rsplit("/", 1)[-1]
+        inputs = (0, 1) if kind == "out" else 0
+        expected = [np.sqrt(np.sum(kernel**2, axis=inputs)).ravel() for kernel in kernels]
+        np.testing.assert_allclose(norms[f"{name}/kernel"], np.concatenate(expected), rtol=1e-6)
+        biases = [np.linalg.norm(below(name)({"layers": own})["bias"]) for own in apart]
+        np.testing.assert_allclose(norms[f"{name}/bias"], biases, rtol=1e-6)
+
+
+def test_a_recording_of_layers_that_are_scanned_over_reads_well():
+    """Each layer has its index behind the name of its module, in natural order."""
+    params = jax.eval_shape(Scanned(0).init, jax.random.key(1), Z)["params"]
+    one = oc.groups.regex({r"\1": [r"^(.*MultiHeadDotProductAttention_\d+)/", r"^(.*)/\w+$"]})
+    groups = oc.groups.stacked(one, "^layers/")
+    tx = oc.record(groups)
+    _, state = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, params), tx.init(params))
+    history = oc.History.from_state(state, params, groups)
+    names = ["head", *(f"{name}[{k}]" for name in ("layers/Dense_0", ATTENTION) for k in range(3))]
+    assert list(history.names) == names
+    assert f"groups: {', '.join(names[:2])}" in str(history)
+    pytest.importorskip("rich")
+    table = history.table()
+    assert [str(cell) for cell in table.columns[0].cells] == [*names, "whole"]
+    assert [str(cell) for cell in table.columns[1].cells] == ["5", *["20"] * 3, *["118"] * 3, "419"]
+    assert [str(cell) for cell in table.columns[2].cells][:2] == ["2.24", "4.47"]
 
 
 class Zoo(nn.Module):
@@ -148,9 +249,6 @@ class Zoo(nn.Module):
         for layer in (self.conv1, self.up, self.dense, self.query):
             layer(x)
         return attended, self.conv2(x[:, None])
-
-
-Z = jax.random.normal(jax.random.key(2), (2, 3, 4))
 
 
 @pytest.fixture(scope="module")

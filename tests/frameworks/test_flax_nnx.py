@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from claims import drops_in, is_one, is_unit, units
+from claims import drops_in, each, is_one, is_unit, units
 
 import optaxclip as oc
 
@@ -176,8 +176,20 @@ class Deep(nnx.Module):
 
 def test_layers_made_by_vmap_and_scanned_over_are_taken_apart():
     """Each index of the first axis has a norm of its own, and its own units."""
+    graph, params = nnx.split(Deep(nnx.Rngs(0)), nnx.Param)
+    kernel, bias = (params["layers"][name][...] for name in ("kernel", "bias"))
+    assert kernel.shape == (5, 3, 3)
+    layers = {"head": lambda tree: tree["head"]} | each("layers", 5, lambda tree: tree["layers"])
+    stacked = oc.groups.stacked(LAYER, "^layers/")
+    drops_in(params, lambda p: jnp.mean((nnx.merge(graph, p)(X) - 1) ** 2), layers, stacked)
+    found = oc.group_norms(params, oc.groups.stacked(FLAX, "^layers/"))
+    np.testing.assert_allclose(found["layers/kernel"], np.linalg.norm(kernel, axis=1).ravel(), rtol=1e-6)
+    np.testing.assert_allclose(found["layers/bias"], np.linalg.norm(bias, axis=1), rtol=1e-6)
+
+
+def test_an_optimizer_clips_each_of_the_layers_that_are_scanned_over():
+    """As NNX's users train them; pure arrays, as `update` sees them, are taken apart in the same way."""
     model, stacked = Deep(nnx.Rngs(0)), oc.groups.stacked(LAYER, "^layers/")
-    assert model.layers.kernel.shape == (5, 3, 3)
     tx = optax.chain(oc.clip_by_groupwise_norm(1e-4, stacked), optax.sgd(1.0))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     _, grads = train(model, optimizer)
@@ -187,9 +199,92 @@ def test_layers_made_by_vmap_and_scanned_over_are_taken_apart():
         norm = np.linalg.norm(np.concatenate(parts))
         np.testing.assert_allclose(logs[f"clip/norm_before/layers[{k}]"], norm, rtol=1e-5)
         np.testing.assert_allclose(logs[f"clip/norm_after/layers[{k}]"], min(norm, 1e-4), rtol=1e-5)
-    found = oc.group_norms(nnx.state(model, nnx.Param), oc.groups.stacked(FLAX, "^layers/"))
-    assert found["layers/kernel"].shape == (5 * 3,)
-    assert found["layers/bias"].shape == (5,)
+
+
+class Transformer(nnx.Module):
+    """A block, an embedding before it and a head behind it."""
+
+    def __init__(self, rngs):
+        """Makes the layers."""
+        self.embed = nnx.Embed(7, 4, rngs=rngs)
+        self.norms = nnx.List([nnx.LayerNorm(4, rngs=rngs) for _ in range(2)])
+        self.attention = nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs)
+        self.up, self.down = nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 4, rngs=rngs)
+        self.head = nnx.Linear(4, 1, rngs=rngs)
+
+    def __call__(self, tokens):
+        """Calls them."""
+        x = self.embed(tokens)
+        x += self.attention(self.norms[0](x))
+        x += self.down(nnx.gelu(self.up(self.norms[1](x))))
+        return self.head(x)
+
+
+class CNN(nnx.Module):
+    """Two convolutions, one with a normalisation that keeps statistics."""
+
+    def __init__(self, rngs):
+        """Makes the layers."""
+        self.stem = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.conv = nnx.Conv(4, 4, (3, 3), strides=2, use_bias=False, rngs=rngs)
+        self.head = nnx.Linear(4, 1, rngs=rngs)
+
+    def __call__(self, x):
+        """Calls them."""
+        x = nnx.relu(self.norm(self.stem(x)))
+        return self.head(jnp.mean(nnx.relu(self.conv(x)), (1, 2)))
+
+
+PROJECTIONS = [f"attention/{name}" for name in ("key", "out", "query", "value")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "x", "names"),
+    [
+        (
+            Transformer,
+            jnp.arange(12).reshape(4, 3) % 7,
+            [*PROJECTIONS, "down", "embed", "head", "norms/0", "norms/1", "up"],
+        ),
+        (CNN, jax.random.normal(jax.random.key(2), (4, 6, 6, 3)), ["conv", "head", "norm", "stem"]),
+    ],
+    ids=["Transformer", "CNN"],
+)
+def test_a_larger_model_drops_in(kind, x, names):
+    """The layers are called as the attributes; attention is four, and one where a pattern says so."""
+    graph, params, rest = nnx.split(kind(nnx.Rngs(0)), nnx.Param, ...)
+
+    def at(name):
+        keys = [int(key) if key.isdigit() else key for key in name.split("/")]
+        return lambda tree: functools.reduce(lambda tree, key: tree[key], keys, tree)
+
+    def loss(params):
+        return jnp.mean((nnx.merge(graph, params, rest, copy=True)(x) - 1) ** 2)
+
+    drops_in(params, loss, {name: at(name) for name in names})
+    one = oc.groups.regex({r"\1": ["^(.*attention)/", r"^(.*)/\w+$"]})
+    expected = [name for name in names if not name.startswith("attention/")]
+    assert list(oc.group_norms(params, one)) == (["attention"] if kind is Transformer else []) + expected
+
+
+@pytest.mark.parametrize("container", [dict, nnx.State], ids=["dict", "State"])
+def test_labels_under_an_optimizer_may_be_a_dict_or_a_state(container):
+    """Whichever `nnx.Optimizer` shows: a state with `value` below each name in `init`, then pure arrays."""
+    model = nnx.Dict(body=nnx.Linear(3, 3, rngs=nnx.Rngs(0)), head=nnx.Linear(3, 1, rngs=nnx.Rngs(1)))
+    names = {"body": {"kernel": "kernels", "bias": None}, "head": {"kernel": "kernels", "bias": None}}
+    groups = oc.groups.labels(container(names))
+    tx = optax.chain(oc.clip_by_groupwise_norm(1e-3, groups), optax.sgd(1.0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    before = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    grads = nnx.grad(lambda model: jnp.mean((model["head"](model["body"](X)) - 1) ** 2))(model)
+    optimizer.update(model, grads)
+    moved = jax.tree.map(jnp.subtract, nnx.to_pure_dict(nnx.state(model, nnx.Param)), before)
+    kernels = [np.ravel(moved[name]["kernel"]) for name in ("body", "head")]
+    np.testing.assert_allclose(np.linalg.norm(np.concatenate(kernels)), 1e-3, rtol=1e-3)
+    np.testing.assert_allclose(moved["head"]["bias"], -grads["head"]["bias"][...], rtol=1e-5)
+    logs = oc.metrics(optimizer.opt_state, nnx.state(model, nnx.Param), groups)
+    assert logs["clip/norm_before/kernels"] > 1e-3
 
 
 def shifted(module):

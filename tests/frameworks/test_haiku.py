@@ -2,13 +2,13 @@
 
 import functools
 import pickle
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from claims import drops_in, is_one, is_unit, units
+from claims import advised, drops_in, each, is_one, is_unit, units
 
 import optaxclip as oc
 
@@ -46,28 +46,72 @@ def test_names_by_module_may_be_a_tree():
         assert oc.group_norms(params, oc.groups.labels(rule)) == {"a": 2, "b": 3}
 
 
+def attention(x, **options):
+    """Two heads of two features."""
+    return hk.MultiHeadAttention(2, 2, w_init=hk.initializers.VarianceScaling(), **options)(x, x, x)
+
+
+def test_a_transformer_drops_in():
+    """Attention is four layers, and one where a pattern says so."""
+
+    def forward(tokens):
+        x = hk.Embed(7, 4)(tokens)
+        x += attention(hk.LayerNorm(-1, True, True)(x), name="attention")
+        x += hk.nets.MLP([8, 4])(hk.LayerNorm(-1, True, True)(x))
+        return hk.Linear(1, name="head")(x)
+
+    model, tokens = hk.without_apply_rng(hk.transform(forward)), jnp.arange(12).reshape(4, 3) % 7
+    params = jax.jit(model.init)(jax.random.key(1), tokens)
+    rest = ["embed", "head", "layer_norm", "layer_norm_1", "mlp/~/linear_0", "mlp/~/linear_1"]
+    names = [*(f"attention/{name}" for name in ("key", "linear", "query", "value")), *rest]
+    layers = {name: lambda tree, name=name: tree[name] for name in names}
+    drops_in(params, lambda p: jnp.mean((model.apply(p, tokens) - 1) ** 2), layers)
+    one = oc.groups.regex({r"\1": ["^(attention)/", r"^(.*)/\w+$"]})
+    assert list(oc.group_norms(params, one)) == ["attention", *rest]
+
+
 def test_layers_of_a_layer_stack_are_taken_apart():
-    """They are one array, with the layers along its first axis."""
-    model = hk.without_apply_rng(
-        hk.transform(
-            lambda x: hk.Linear(1)(
-                hk.experimental.layer_stack(5)(lambda x: jnp.tanh(hk.Linear(3, name="dense")(x)))(x)
-            )
-        )
-    )
-    params = jax.jit(model.init)(jax.random.key(1), X)
-    name = "__layer_stack_no_per_layer/dense"
-    assert params[name]["w"].shape == (5, 3, 3)
+    """They are one array, with the layers along its first axis; units too, those of attention with them."""
+
+    def block(x):
+        return jnp.tanh(hk.Linear(4, name="dense")(x + attention(x, name="attention")))
+
+    def forward(x):
+        return hk.Linear(1)(hk.experimental.layer_stack(5)(block)(x))
+
+    model, x = hk.without_apply_rng(hk.transform(forward)), Z[0]
+    params = jax.jit(model.init)(jax.random.key(1), x)
+    stack = "__layer_stack_no_per_layer"
+    names = [
+        f"{stack}/{n}" for n in ("attention/key", "attention/linear", "attention/query", "attention/value")
+    ]
+    names.append(f"{stack}/dense")
+    assert params[names[-1]]["w"].shape == (5, 4, 4)
+    layers = {}
+    for name in names:
+        layers |= each(name, 5, lambda tree, name=name: tree[name])
+    layers["linear"] = lambda tree: tree["linear"]
     stacked = oc.groups.stacked(oc.groups.layer(), "^__layer_stack")
-    tx = optax.chain(oc.clip_by_groupwise_norm(1e-4, stacked), optax.sgd(1.0))
-    grads = jax.jit(jax.grad(lambda p: jnp.mean((model.apply(p, X) - 1) ** 2)))(params)
-    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
-    logs = oc.metrics(state, params, stacked)
-    for k in range(5):
-        norm = np.linalg.norm(np.append(grads[name]["w"][k], grads[name]["b"][k]))
-        np.testing.assert_allclose(logs[f"clip/norm_before/{name}[{k}]"], norm, rtol=1e-5)
-    np.testing.assert_allclose(oc.group_norms(updates, stacked)[name], np.full(5, 1e-4), rtol=1e-5)
-    assert oc.group_norms(params, oc.groups.stacked(HAIKU, "^__layer_stack"))[f"{name}/w"].shape == (5 * 3,)
+    drops_in(params, lambda p: jnp.mean((model.apply(p, x) - 1) ** 2), layers, stacked)
+    found = oc.group_norms(params, oc.groups.stacked(HAIKU, "^__layer_stack"))
+    for name in names:
+        w, b = params[name]["w"], params[name]["b"]
+        np.testing.assert_allclose(found[f"{name}/w"], np.linalg.norm(w, axis=1).ravel(), rtol=1e-6)
+        np.testing.assert_allclose(found[f"{name}/b"], np.linalg.norm(b, axis=1), rtol=1e-6)
+
+
+def test_the_code_of_advice_runs_as_it_is_pasted():
+    """Slashes and tildes of names stand in its patterns, and it clips the module that they name."""
+    names = ("linear", "mlp/~/linear_0", "mlp/~/linear_1")
+    params = {name: {"w": jnp.ones((2, 2)), "b": jnp.ones(2)} for name in names}
+    advice = advised(params, 5)
+    assert re.search(r"groupwise_norm\([\d.]+, oc.groups.regex\(\{'mlp/~/linear_1/w': ", advice.code)
+    tx = eval(advice.code, {"oc": oc})
+    updates, state = jax.jit(tx.update)(jax.tree.map(lambda x: 100 * x, params), tx.init(params))
+    np.testing.assert_allclose(jnp.linalg.norm(updates["mlp/~/linear_1"]["w"]), advice.limit, rtol=1e-5)
+    del updates["mlp/~/linear_1"]["w"]
+    assert {float(x) for leaf in jax.tree.leaves(updates) for x in leaf.ravel()} == {100}
+    assert state.norm.tolist() == [200]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +140,28 @@ def test_units_of_an_embedding_are_its_rows():
     model = hk.without_apply_rng(hk.transform(lambda: hk.Embed(7, 4)(jnp.arange(7))))
     params = model.init(jax.random.key(1))
     assert is_unit(units(params, lambda p: model.apply(p).T, HAIKU), "embed/embeddings")
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "linear"])
+def test_units_of_projections_are_their_outputs(name):
+    """By the derivative of what the module itself computes: heads and features along one axis."""
+
+    def forward(x):
+        seen = {}
+
+        def look(call, args, kwargs, context):
+            seen[context.module.name] = call(*args, **kwargs)
+            return seen[context.module.name]
+
+        with hk.intercept_methods(look):
+            attention(x)
+        return seen[name]
+
+    model = hk.without_apply_rng(hk.transform(forward))
+    params = jax.tree.map(lambda x: x + 0.1, jax.jit(model.init)(jax.random.key(1), Z[0]))
+    found = units(params, lambda p: model.apply(p, Z[0]), HAIKU)
+    assert is_unit(found, f"multi_head_attention/{name}/w")
+    assert is_one(found, f"multi_head_attention/{name}/b")
 
 
 def test_units_of_attention_are_outputs_of_its_linear_layers():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from claims import drops_in, is_one, is_unit, units
+from claims import advised, drops_in, is_one, is_unit, units
 from peers import DRAWN, assert_same, drawn, gradients, middle, ours
 
 import optaxclip as oc
@@ -40,6 +40,30 @@ def test_a_model_drops_in():
     assert list(oc.group_norms(params, oc.groups.layer())) == ["(root)"]  # without names
 
 
+def test_a_transformer_drops_in():
+    """Attention is four layers, and one where a pattern says so."""
+    tokens = keras.Input((3,), dtype="int32")
+    x = keras.layers.Embedding(7, 4, name="embed")(tokens)
+    y = keras.layers.LayerNormalization(name="norm_0")(x)
+    x = keras.layers.Add()([x, keras.layers.MultiHeadAttention(2, 2, name="attention")(y, y)])
+    y = keras.layers.LayerNormalization(name="norm_1")(x)
+    y = keras.layers.Dense(4, name="down")(keras.layers.Dense(8, "gelu", name="up")(y))
+    model = keras.Model(tokens, keras.layers.Dense(1, name="head")(keras.layers.Add()([x, y])))
+    params, apply, paths = stateless(model)
+    rest = ["down", "embed", "head", "norm_0", "norm_1", "up"]
+    names = [*(f"attention/{name}" for name in ("attention_output", "key", "query", "value")), *rest]
+
+    def own(tree, name):
+        return [x for x, path in zip(tree, paths, strict=True) if path.rsplit("/", 1)[0] == name]
+
+    x = jnp.arange(12).reshape(4, 3) % 7
+    layers = {name: lambda tree, name=name: own(tree, name) for name in names}
+    groups = oc.groups.layer(names=paths)
+    drops_in(params, lambda p: jnp.mean((apply(p, x) - 1) ** 2), layers, groups)
+    one = oc.groups.regex({r"\1": ["^(attention)/", r"^(.*)/\w+$"]}, names=paths)
+    assert list(oc.group_norms(params, one)) == ["attention", *rest]
+
+
 def test_names_for_another_number_of_leaves_are_an_error():
     """Those of all variables, say, in place of those that are trained."""
     with pytest.raises(ValueError, match=r"names= has 1 paths for a tree of 2 leaves. Pass one per leaf"):
@@ -66,6 +90,22 @@ def test_units_of_layers_are_their_outputs(layer, x):
     found = units(params, lambda p: apply(p, x), oc.groups.unit("keras", names=names))
     kernel, bias = names
     assert is_unit(found, kernel)
+    assert is_one(found, bias)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "output"])
+def test_units_of_projections_are_their_outputs(name):
+    """By the derivative: a group for each head and feature, and for each feature that comes out."""
+    attention = keras.layers.MultiHeadAttention(2, 3)
+    attention.build(Z[0].shape, Z[0].shape)
+    params, apply, names = stateless(getattr(attention, f"{name}_dense"))
+    params = [x + 0.1 for x in params]
+    x = jax.random.normal(jax.random.key(3), (4, 4, 2, 3)) if name == "output" else Z[0]
+    outputs = params[-1].size
+    found = units(params, lambda p: apply(p, x).reshape(-1, outputs), oc.groups.unit("keras", names=names))
+    kernel, bias = names
+    assert is_unit(found, kernel)
+    assert found[kernel].shape[0] == (3 if name == "output" else 6)
     assert is_one(found, bias)
 
 
@@ -133,3 +173,26 @@ def test_keras_takes_one_of_its_three_limits():
     """Two chain here, as the guide has it."""
     with pytest.raises(ValueError, match="clipnorm"):
         keras.optimizers.SGD(1.0, clipnorm=1.0, global_clipnorm=1.2)
+
+
+def test_the_code_of_advice_runs_on_a_dict_and_wants_names_for_a_list():
+    """In it are the names that the recording was given, and a list has others."""
+    paths = [f"mlp/hidden_{k}/{own}" for k in range(3) for own in ("kernel", "bias")]
+    params = [jnp.ones((2, 2)) if path.endswith("kernel") else jnp.ones(2) for path in paths]
+    advice = advised(params, 2, oc.groups.leaf(names=paths))
+    assert advice.code.endswith(
+        "oc.groups.regex({'mlp/hidden_1/kernel': '^mlp/hidden_1/kernel$', None: '.*'}))"
+    )
+
+    def clipped(code, params):
+        tx = eval(code, {"oc": oc, "names": paths})
+        updates, _ = tx.update(jax.tree.map(lambda x: 100 * x, params), tx.init(params))
+        return np.array([jnp.linalg.norm(x) for x in jax.tree.leaves(updates)])
+
+    named = dict(zip(paths, params, strict=True))
+    order = [sorted(paths).index(path) for path in paths]
+    expected = np.array([200, 141.42136, advice.limit, 141.42136, 200, 141.42136])
+    np.testing.assert_allclose(clipped(advice.code, named)[order], expected, rtol=1e-5)
+    with_names = advice.code.replace("'.*'})", "'.*'}, names=names)")
+    np.testing.assert_allclose(clipped(with_names, params), expected, rtol=1e-5)
+    assert clipped(advice.code, params)[2] == 200  # no leaf of a list has this path
