@@ -106,6 +106,7 @@ def carry_clipped(
         return CarryState(step, clip.init(params), jax.tree.unflatten(part.treedef, buffer), norm, lost)
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
+        _checks.state("carry_clipped", state, CarryState)
         part = partition(options.groups, updates)
         buffer, treedef = jax.tree.flatten(state.buffer)
         _check(part, named_leaves(state.buffer))

@@ -59,8 +59,8 @@ def nonnegative(where: str, **arguments: Any) -> None:
     for name, value in arguments.items():
         if is_number(value) and not value >= 0:
             raise ValueError(
-                f"{where}: {name} is {value!r}, among the numbers from 0 to inf. Pass one that is neither "
-                "negative nor NaN."
+                f"{where}: {name} is {value!r}, not among the numbers from 0 to inf. Pass one that is "
+                "neither negative nor NaN."
             )
 
 
@@ -69,7 +69,9 @@ def positive(where: str, **arguments: Any) -> None:
     numeric(where, **arguments)
     for name, value in arguments.items():
         if is_number(value) and not value > 0:
-            raise ValueError(f"{where}: {name} is {value!r}, among the numbers above 0. Pass a positive one.")
+            raise ValueError(
+                f"{where}: {name} is {value!r}, not among the numbers above 0. Pass a positive one."
+            )
 
 
 def within(where: str, least: float, most: float, **arguments: Any) -> None:
@@ -78,7 +80,8 @@ def within(where: str, least: float, most: float, **arguments: Any) -> None:
     for name, value in arguments.items():
         if is_number(value) and not least <= value <= most:
             raise ValueError(
-                f"{where}: {name} is {value!r}, among the numbers from {least} to {most}. Pass one of these."
+                f"{where}: {name} is {value!r}, not among the numbers from {least} to {most}. Pass one of "
+                "these."
             )
 
 
@@ -110,8 +113,9 @@ def spec(where: str, kind: type, **arguments: Any) -> None:
         if not isinstance(value, kind):
             module = {"Groups": "groups", "Norm": "norms", "Response": "responses"}[kind.__name__]
             hint = f" Call it: {module}.{value.__name__}()." if callable(value) else ""
+            shown = f"{value!r}, " if value is None or isinstance(value, str | int | float) else ""
             raise TypeError(
-                f"{where}: {name} is {value!r}, of type {type(value).__name__}. "
+                f"{where}: {name} is {shown}of type {type(value).__name__}. "
                 f"Pass one of optaxclip.{module}.{hint}"
             )
 
@@ -121,6 +125,15 @@ def listed(names: Iterable[str], most: int = 12) -> str:
     names = list(names)
     shown = ", ".join(map(repr, names[:most]))
     return shown if len(names) <= most else f"{shown}, ... ({len(names)} in all)"
+
+
+def state(where: str, value: Any, kind: type) -> None:
+    """Raises unless a state is of the given kind."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{where}: the state is of type {type(value).__name__}. Pass the {kind.__name__} that `init` or "
+            "the last update returned; where a checkpoint has none yet, that of `init(params)`."
+        )
 
 
 def per_row(where: str, name: str, shape: tuple[int, ...], rows: Sequence[str]) -> None:
@@ -156,5 +169,5 @@ def finite_order(where: str, p: Any) -> None:
         raise TypeError(f"{where}: p is {p!r}, of type {type(p).__name__}. Pass a Python number.")
     if not (p >= 1 and math.isfinite(p)):
         raise ValueError(
-            f"{where}: p is {p!r}, among the finite orders from 1. Use norms.linf() for infinity."
+            f"{where}: p is {p!r}, not among the finite orders from 1. Use norms.linf() for infinity."
         )

@@ -156,6 +156,7 @@ def acclip(
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
         del params, extra_args
+        _checks.state(where, state, ACClipState)
         walked = walk(where, _groups.whole(), updates, (state.momentum, state.bound), rule)
         momentum, bound = walked.trees
         new = ACClipState(momentum=momentum, bound=bound, **counted(state, walked))
@@ -222,6 +223,7 @@ def mask_spikes(
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
         del params, extra_args
+        _checks.state(where, state, MaskSpikesState)
         since = jnp.where(state.since >= period - 1, 0, state.since + 1)
 
         def rule(leaf: jax.Array, k: int, rms: jax.Array):
@@ -303,6 +305,7 @@ def adaptive_value_clip(
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
         del params, extra_args
+        _checks.state(where, state, AdaptiveValueClipState)
         part = partition(_groups.leaf(), updates)
         rows = {k: place.first for k, place in enumerate(part.places) if place is not None}
         _checks.same_rows(where, part.table.names, state.limit.shape, "leaves")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from optaxclip import _paths
+from optaxclip import _checks, _paths
 from optaxclip._base import Groups, PyTree
 from optaxclip._partition import Partition, partition
 
@@ -30,6 +30,7 @@ def describe(groups: Groups, params: PyTree) -> str:
     left alone: 1 leaf
       step  ()  int32
     """
+    _checks.spec("describe", Groups, groups=groups)
     part = partition(groups, params)
     by_group: dict[str, list[int]] = {name: [] for name in part.table.spans}
     firsts = {first: name for name, (first, _) in part.table.spans.items()}

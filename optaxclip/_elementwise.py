@@ -80,6 +80,7 @@ def clip_by_value(
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
         del params, extra_args
+        _checks.state("clip_by_value", state, ClipByValueState)
         part = partition(whole(), updates)
         bound = jnp.asarray(max_delta(state.step) if callable(max_delta) else max_delta)
         bound = jnp.maximum(bound, 0)

@@ -121,6 +121,7 @@ def transformation(method: Method, axes: Axes, stacked: str | None) -> optax.Gra
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
         del extra_args
+        _checks.state(where, state, SpectralState)
         part = partition(groups, updates)
         views = views_of(part)
         _checks.same_rows(where, part.table.names, state.norm.shape, "matrices")
@@ -315,7 +316,7 @@ def _limited(
     of_params = None
     if rule.needs_params:
         if params is None:
-            raise ValueError(_checks.NO_PARAMS)
+            raise ValueError(f"{method.where}: {_checks.NO_PARAMS}")
         cold = method._replace(warm=False, iterations=COLD, change=None)
         matched = matching(part, params, None, method.where)
         of_params = _together(part, _find(cold, part, matched, views, state.vector, state.step)).norm

@@ -164,7 +164,8 @@ def _groups_of(
     states: Sequence[Known], groups: Groups | Sequence[Groups], params: PyTree
 ) -> list[Groups | None]:
     """The groups of each state, None for those whose rows have no names."""
-    listed = [groups] if isinstance(groups, Groups) else list(groups)
+    several = isinstance(groups, list | tuple) and not isinstance(groups, Groups)
+    listed: list[Any] = list(groups) if several else [groups]
     for each in listed:
         _checks.spec("metrics", Groups, groups=each)
     clips = [k for k, state in enumerate(states) if isinstance(state, Clip)]

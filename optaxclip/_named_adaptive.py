@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import optax
 
-from optaxclip import groups as _groups, limits, responses
+from optaxclip import _checks, groups as _groups, limits, responses
 from optaxclip._apply import Nonfinite
 from optaxclip._base import Groups, PyTree
 from optaxclip._rescale import named, rescale_by_norm
@@ -45,7 +45,7 @@ def autoclip(
     With the default of 10 nine steps of ten are clipped: close to normalising. See `limits.percentile`.
 
     Args:
-      percentile: the percentage of norms that the limit is above, from 0 to 100.
+      percentile: the percentage of norms that the limit is above, 0 or from 1 to 100.
       window: how many norms to remember; None for the whole run, to within 2 %.
       include_current: whether the current norm counts.
       groups: which entries share a norm, one of `optaxclip.groups`.
@@ -73,6 +73,7 @@ def autoclip(
     >>> print(updates["w"])
     [3.]
     """
+    _of_hundred("autoclip", percentile)
     return rescale_by_norm(
         limits.percentile(percentile, window, include_current=include_current),
         groups=groups,
@@ -101,7 +102,7 @@ def quantile_clip(
     The first norm is not limited. See `limits.percentile`.
 
     Args:
-      percentile: the percentage of norms that the limit is above, from 0 to 100.
+      percentile: the percentage of norms that the limit is above, 0 or from 1 to 100.
       window: how many norms to remember.
       groups: which entries share a norm, one of `optaxclip.groups`.
       eps: added to the norm, 1e-6 as in PyTorch.
@@ -128,6 +129,7 @@ def quantile_clip(
     >>> print(updates["w"])
     [2.]
     """
+    _of_hundred("quantile_clip", percentile)
     return rescale_by_norm(
         limits.percentile(percentile, window, include_current=False),
         groups=groups,
@@ -615,3 +617,12 @@ def normalize_by_running_norm(
         axis_name=axis_name,
         specs=specs,
     )
+
+
+def _of_hundred(where: str, percentile: Number) -> None:
+    """Raises where a percentile can only be meant as a fraction of 1."""
+    if _checks.is_number(percentile) and 0 < percentile < 1:
+        raise ValueError(
+            f"{where}: percentile is {percentile!r}, of 100. Pass {100 * percentile:g}, or for less than one "
+            "in a hundred limits.percentile."
+        )

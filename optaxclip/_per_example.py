@@ -192,6 +192,7 @@ def clip_per_example(
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
         del extra_args
+        _checks.state(WHERE, state, PerExampleState)
         batch = _batch_size(named_leaves(updates), params)
         leaves, treedef = jax.tree.flatten(updates)
         part = partition(groups, treedef.unflatten([_of_one(leaf) for leaf in leaves]))

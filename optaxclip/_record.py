@@ -134,6 +134,7 @@ def record(
 
     def update(updates: PyTree, state: Any, params: PyTree = None, *, value: Any = None, **extra_args: Any):
         del extra_args
+        _checks.state(where, state, RecordState)
         part = partition(groups, updates)
         _checks.same_rows(where, part.table.names, state.start.shape)
         if part.table.names:
@@ -188,7 +189,7 @@ def _recorded(
     norm = single(measured(part, part.leaves, table, options).norm)
     if not isinstance(state.params, tuple):
         if params is None:
-            raise ValueError(_checks.NO_PARAMS)
+            raise ValueError(f"record: {_checks.NO_PARAMS}")
         matched = matching(part, params, options.groups.names, "record")
         of_params = single(measured(part, matched, table, options).norm)
         state = state._replace(params=_put(state.params, of_params, state.step))

@@ -102,8 +102,10 @@ class Policy:
     def update(self, updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
         """The rescaled updates, and the new state."""
         del extra_args
+        where = self.options.split.where
+        _checks.state(where, state, RescaleState)
         part = partition(self.options.groups, updates)
-        _checks.same_rows(self.options.split.where, part.table.names, state.norm.shape)
+        _checks.same_rows(where, part.table.names, state.norm.shape)
         step = jnp.asarray(optax.safe_increment(state.step))
         if not part.table.names:
             return updates, state._replace(step=step)

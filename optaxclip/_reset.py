@@ -89,6 +89,7 @@ def reset_momentum(
         return ResetMomentumState(step, since, resets, inner.init(params))
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
+        _checks.state(where, state, ResetMomentumState)
         due = state.since >= period - 1
         since = jnp.where(due, 0, state.since + 1)
         resets = jnp.where(due, optax.safe_increment(state.resets), state.resets)

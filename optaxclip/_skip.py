@@ -149,6 +149,7 @@ def skip_updates(
         return _blank(len(table.names), held, norm_rule.init(table), loss_rule.init(LOSS))
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
+        _checks.state("skip_updates", state, SkipState)
         part = partition(groups, updates)
         norms = _held_norms(norm_rule, part, state, params, options)
         loss = state.loss[None] if watch == "norm" else _loss(extra_args)

@@ -126,6 +126,7 @@ def scale_by_stable_adam(
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
         del extra_args
+        _checks.state(where, state, ScaleByStableAdamState)
         shares = jnp.stack([rest(b1, jnp.float32), rest(b2, jnp.float32)])
         weights = state.weights + shares * (1 - state.weights)
         shares = shares / jnp.where(weights > 0, weights, 1)
@@ -177,7 +178,7 @@ def _adam(shares: jax.Array, eps: Any) -> Callable:
 
 def _with_decay(part: Partition, made: dict, params: PyTree, weight_decay: Any, mask: Any) -> dict:
     if params is None:
-        raise ValueError(_checks.NO_PARAMS)
+        raise ValueError(f"scale_by_stable_adam: {_checks.NO_PARAMS}")
     found = matching(part, params, None, "scale_by_stable_adam")
     spared = set()
     if mask is not None:

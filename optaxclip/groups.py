@@ -209,7 +209,8 @@ def regex(
     Raises:
       TypeError: if a name or a pattern is of the wrong type.
       ValueError: if a pattern does not compile, might take exponential time, as `(a+)+$` does, or a name
-        refers to a group it lacks; in `init`, if no rule matches a leaf.
+        refers to a group it lacks; in `init`, if no rule matches a leaf, or no leaf gets a name. A name that
+        only some trees have leaves for is no error: `describe` shows what a grouping does to a tree.
 
     >>> import jax.numpy as jnp, optaxclip as oc
     >>> params = {"embed": jnp.ones(4), "block_0": jnp.ones(9), "block_1": jnp.ones(16)}
@@ -241,7 +242,17 @@ def regex(
             )
         return fallback  # type: ignore[return-value]
 
-    return _by_leaf(where, place, names)
+    def assign(leaves: Sequence[Leaf]) -> list[Member | None]:
+        members = [place(leaf) for leaf in leaves]
+        wanted = [pattern.pattern for member, pattern in compiled if member is not None]
+        if leaves and wanted and not any(members):
+            raise ValueError(
+                f"{where}: no leaf gets a name by {_checks.listed(wanted)}, among "
+                f"{_checks.listed(leaf.path for leaf in leaves)}: nothing would be scaled. Mend the patterns."
+            )
+        return members
+
+    return Groups(assign, _names(where, names))
 
 
 def _check_references(where: str, member: Member | None, pattern: re.Pattern) -> None:

@@ -268,19 +268,25 @@ def test_aggc_groups_by_the_kind_of_module():
 
 
 ERRORS = [
-    (lambda: oc.limits.percentile(101.0), "limits.percentile: q is 101.0, among the numbers from 0 to 100."),
+    (
+        lambda: oc.limits.percentile(101.0),
+        "limits.percentile: q is 101.0, not among the numbers from 0 to 100.",
+    ),
     (lambda: oc.limits.percentile(50.0, window=0), "limits.percentile: window is 0, below 1."),
     (lambda: oc.limits.mean_std(warmup=200), "limits.mean_std: warmup is 200, above the window of 128."),
     (lambda: oc.limits.mean_std(warmup=1), "limits.mean_std: warmup is 1, below 2."),
     (lambda: oc.limits.mean_std(-1.0), "limits.mean_std: k is -1.0"),
-    (lambda: oc.limits.ema(0.0), "limits.ema: slack is 0.0, among the numbers above 0."),
-    (lambda: oc.limits.ema(1.0, decay=1.5), "limits.ema: decay is 1.5, among the numbers from 0 to 1."),
+    (lambda: oc.limits.ema(0.0), "limits.ema: slack is 0.0, not among the numbers above 0."),
+    (lambda: oc.limits.ema(1.0, decay=1.5), "limits.ema: decay is 1.5, not among the numbers from 0 to 1."),
     (lambda: oc.limits.ema(1.0, warmup=-1), "limits.ema: warmup is -1, below 0."),
-    (lambda: oc.limits.ema(1.0, max_norm=0.0), "limits.ema: max_norm is 0.0, among the numbers above 0."),
-    (lambda: oc.limits.ema(1.0, eps=-1.0), "limits.ema: eps is -1.0, among the numbers from 0 to inf."),
+    (lambda: oc.limits.ema(1.0, max_norm=0.0), "limits.ema: max_norm is 0.0, not among the numbers above 0."),
+    (lambda: oc.limits.ema(1.0, eps=-1.0), "limits.ema: eps is -1.0, not among the numbers from 0 to inf."),
     (lambda: oc.limits.ema_band(2.0, 1.0), "limits.ema_band: low is 2.0, above high, 1.0. Pass the lower"),
-    (lambda: oc.limits.ema_band(-1.0, 1.0), "limits.ema_band: low is -1.0, among the numbers from 0 to inf."),
-    (lambda: oc.limits.ema_band(0.0, 0.0), "limits.ema_band: high is 0.0, among the numbers above 0."),
+    (
+        lambda: oc.limits.ema_band(-1.0, 1.0),
+        "limits.ema_band: low is -1.0, not among the numbers from 0 to inf.",
+    ),
+    (lambda: oc.limits.ema_band(0.0, 0.0), "limits.ema_band: high is 0.0, not among the numbers above 0."),
     (lambda: oc.limits.zscore(mode="median"), "limits.zscore: mode is 'median'. Pass one of 'reciprocal'"),
     (lambda: oc.limits.zscore(warmup=1), "limits.zscore: warmup is 1, below 2."),
     (lambda: oc.limits.quantile(2.0), "limits.quantile: target is 2.0"),
@@ -289,12 +295,15 @@ ERRORS = [
     (lambda: oc.limits.moment_ratio(second=-0.1), "limits.moment_ratio: second is -0.1"),
     (
         lambda: oc.limits.moment_ratio(first=1.5),
-        "limits.moment_ratio: first is 1.5, among the numbers from 0",
+        "limits.moment_ratio: first is 1.5, not among the numbers from 0",
     ),
     (lambda: oc.limits.moment_ratio(eps=-1.0), "limits.moment_ratio: eps is -1.0"),
-    (lambda: oc.responses.clip(2.0), "responses.clip: floor is 2.0, among the numbers from 0 to 1."),
-    (lambda: oc.responses.band(0.5, most_up=0.5), "responses.band: most_up is 0.5, among the numbers from 1"),
-    (lambda: oc.responses.psac(0.0), "responses.psac: r is 0.0, among the numbers above 0."),
+    (lambda: oc.responses.clip(2.0), "responses.clip: floor is 2.0, not among the numbers from 0 to 1."),
+    (
+        lambda: oc.responses.band(0.5, most_up=0.5),
+        "responses.band: most_up is 0.5, not among the numbers from 1",
+    ),
+    (lambda: oc.responses.psac(0.0), "responses.psac: r is 0.0, not among the numbers above 0."),
 ]
 
 

@@ -345,12 +345,12 @@ ERRORS = [
     (
         lambda: oc.carry_clipped(CLIP, bound=-1.0),
         ValueError,
-        "carry_clipped: bound is -1.0, among the numbers",
+        "carry_clipped: bound is -1.0, not among the numbers",
     ),
     (
         lambda: oc.carry_clipped(CLIP, bound=float("nan")),
         ValueError,
-        "carry_clipped: bound is nan, among the",
+        "carry_clipped: bound is nan, not among the",
     ),
     (
         lambda: oc.carry_clipped(CLIP, bound="1"),

@@ -483,11 +483,11 @@ def update(tx, updates, of):
 
 
 ERRORS = [
-    (lambda: oc.acclip(1.5), "acclip: b1 is 1.5, among the numbers from 0 to 1."),
+    (lambda: oc.acclip(1.5), "acclip: b1 is 1.5, not among the numbers from 0 to 1."),
     (lambda: oc.acclip(b2=-0.1), "acclip: b2 is -0.1"),
-    (lambda: oc.acclip(alpha=0.0), "acclip: alpha is 0.0, among the numbers above 0."),
+    (lambda: oc.acclip(alpha=0.0), "acclip: alpha is 0.0, not among the numbers above 0."),
     (lambda: oc.acclip(eps=-1.0), "acclip: eps is -1.0"),
-    (lambda: oc.mask_spikes(0.0), "mask_spikes: threshold is 0.0, among the numbers above 0."),
+    (lambda: oc.mask_spikes(0.0), "mask_spikes: threshold is 0.0, not among the numbers above 0."),
     (lambda: oc.mask_spikes(period=0), "mask_spikes: period is 0, below 1."),
     (lambda: oc.mask_spikes(grace=-1), "mask_spikes: grace is -1, below 0."),
     (

@@ -24,10 +24,16 @@ def update(tx, updates=PARAMS, params=None, of=PARAMS):
 
 
 FACTORY = [
-    (lambda: oc.clip_by_global_norm(-1), "clip_by_global_norm: max_norm is -1, among the numbers from 0 to"),
-    (lambda: oc.rescale_by_norm(-1), "rescale_by_norm: limit is -1, among the numbers from 0 to inf."),
-    (lambda: oc.clip_by_global_norm(float("nan")), "clip_by_global_norm: max_norm is nan, among the num"),
-    (lambda: oc.clip_by_value(-1.0), "clip_by_value: max_delta is -1.0, among the numbers from 0 to inf."),
+    (
+        lambda: oc.clip_by_global_norm(-1),
+        "clip_by_global_norm: max_norm is -1, not among the numbers from 0 to",
+    ),
+    (lambda: oc.rescale_by_norm(-1), "rescale_by_norm: limit is -1, not among the numbers from 0 to inf."),
+    (lambda: oc.clip_by_global_norm(float("nan")), "clip_by_global_norm: max_norm is nan, not among the"),
+    (
+        lambda: oc.clip_by_value(-1.0),
+        "clip_by_value: max_delta is -1.0, not among the numbers from 0 to inf.",
+    ),
     (lambda: oc.clip_by_global_norm(1.0, eps=-1e-6), "clip_by_global_norm: eps is -1e-06"),
     (lambda: oc.limits.constant(-2.0), "limits.constant: c is -2.0"),
     (lambda: oc.limits.per_group({"a": -2.0}), "limits.per_group: 'a' is -2.0"),
@@ -42,7 +48,7 @@ FACTORY = [
     (lambda: oc.responses.soft("hard"), "responses.soft: kind is 'hard'. Pass one of 'rational', 'sqrt'."),
     (
         lambda: oc.norms.lp(0.5),
-        "norms.lp: p is 0.5, among the finite orders from 1. Use norms.linf() for inf",
+        "norms.lp: p is 0.5, not among the finite orders from 1. Use norms.linf() for inf",
     ),
     (lambda: oc.norms.lp(np.inf), "norms.lp: p is inf"),
     (lambda: oc.groups.depth(-1), "groups.depth: k is -1, below 0."),
@@ -97,7 +103,10 @@ TYPES = [
         lambda: oc.clip_by_groupwise_norm(1.0, "leaf"),
         "clip_by_groupwise_norm: groups is 'leaf', of type str. Pass one of optaxclip.groups.",
     ),
-    (lambda: oc.adagc(groups=oc.groups.leaf), "adagc: groups is <function leaf"),
+    (
+        lambda: oc.adagc(groups=oc.groups.leaf),
+        "adagc: groups is of type function. Pass one of optaxclip.groups. Call it: groups.leaf().",
+    ),
     (lambda: oc.clip_by_unitwise_norm(1.0, axis=0.5), "clip_by_unitwise_norm: axis is 0.5, of type float."),
     (
         lambda: oc.adaptive_grad_clip(oc.limits.constant(1.0)),
@@ -222,7 +231,7 @@ UPDATE = [
     ),
     (
         update(oc.adaptive_grad_clip(0.1)),
-        "You are using a transformation that requires the current value of para",
+        "adaptive_grad_clip: You are using a transformation that requires the current value of parameters",
     ),
     (
         update(oc.adaptive_grad_clip(0.1, groups=LEAF), params={"dense": PARAMS["dense"]}),
@@ -251,8 +260,42 @@ UPDATE = [
 ]
 
 
+STATES = {
+    "clip_by_global_norm": (oc.clip_by_global_norm(1.0), "RescaleState"),
+    "zclip": (oc.zclip(), "RescaleState"),
+    "record": (oc.record(), "RecordState"),
+    "skip_updates": (oc.skip_updates(optax.identity()), "SkipState"),
+    "carry_clipped": (oc.carry_clipped(oc.clip_by_value(1.0)), "CarryState"),
+    "clip_per_example": (oc.clip_per_example(1.0), "PerExampleState"),
+    "clip_by_spectral_norm": (oc.clip_by_spectral_norm(1.0), "SpectralState"),
+    "clip_by_value": (oc.clip_by_value(1.0), "ClipByValueState"),
+    "acclip": (oc.acclip(), "ACClipState"),
+    "mask_spikes": (oc.mask_spikes(), "MaskSpikesState"),
+    "adaptive_value_clip": (oc.adaptive_value_clip(), "AdaptiveValueClipState"),
+    "scale_by_stable_adam": (oc.scale_by_stable_adam(), "ScaleByStableAdamState"),
+    "reset_momentum": (oc.reset_momentum(optax.identity()), "ResetMomentumState"),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_of_another_transformation_is_named(name):
+    """Such as that of Optax's clip, in a checkpoint."""
+    tx, kind = STATES[name]
+    message = (
+        f"{name}: the state is of type EmptyState. Pass the {kind} that `init` or the last update returned; "
+        "where a checkpoint has none yet, that of `init(params)`."
+    )
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        tx.update(PARAMS, optax.EmptyState(), PARAMS)
+
+
 NAMED = [
-    (lambda: oc.clip_by_block_rms(-1.0), "clip_by_block_rms: threshold is -1.0, among the numbers from 0"),
+    (lambda: oc.autoclip(0.9), "autoclip: percentile is 0.9, of 100. Pass 90, or for less than one in a "),
+    (lambda: oc.quantile_clip(0.95), "quantile_clip: percentile is 0.95, of 100. Pass 95, or for less than "),
+    (
+        lambda: oc.clip_by_block_rms(-1.0),
+        "clip_by_block_rms: threshold is -1.0, not among the numbers from 0",
+    ),
     (lambda: oc.clip_by_unitwise_norm(-1.0), "clip_by_unitwise_norm: max_norm is -1.0"),
     (lambda: oc.clip_by_groupwise_norm(-1.0, LEAF), "clip_by_groupwise_norm: max_norm is -1.0"),
     (lambda: oc.clip_by_leafwise_norm(-1.0), "clip_by_leafwise_norm: max_norm is -1.0"),
@@ -263,21 +306,21 @@ NAMED = [
     (lambda: oc.normalize_by_global_norm(-1.0), "normalize_by_global_norm: norm is -1.0"),
     (lambda: oc.normalize_by_layerwise_norm(-1.0), "normalize_by_layerwise_norm: norm is -1.0"),
     (lambda: oc.automatic_clip(gamma=-1.0), "automatic_clip: gamma is -1.0"),
-    (lambda: oc.psac_clip(r=0.0), "psac_clip: r is 0.0, among the numbers above 0."),
-    (lambda: oc.delta_clip(delta=2.0), "delta_clip: delta is 2.0, among the numbers from 0 to 1."),
+    (lambda: oc.psac_clip(r=0.0), "psac_clip: r is 0.0, not among the numbers above 0."),
+    (lambda: oc.delta_clip(delta=2.0), "delta_clip: delta is 2.0, not among the numbers from 0 to 1."),
     (lambda: oc.smooth_clip(kind="hard"), "smooth_clip: kind is 'hard'. Pass one of 'rational', 'sqrt'."),
-    (lambda: oc.autoclip(101.0), "autoclip: percentile is 101.0, among the numbers from 0 to 100."),
+    (lambda: oc.autoclip(101.0), "autoclip: percentile is 101.0, not among the numbers from 0 to 100."),
     (lambda: oc.autoclip(window=0), "autoclip: window is 0, below 1."),
     (lambda: oc.quantile_clip(-1.0), "quantile_clip: percentile is -1.0"),
     (lambda: oc.zclip(max_norm=-1.0), "zclip: max_norm is -1.0"),
-    (lambda: oc.zclip(z=0.0), "zclip: z is 0.0, among the numbers above 0."),
-    (lambda: oc.adagc(decay=2.0), "adagc: decay is 2.0, among the numbers from 0 to 1."),
+    (lambda: oc.zclip(z=0.0), "zclip: z is 0.0, not among the numbers above 0."),
+    (lambda: oc.adagc(decay=2.0), "adagc: decay is 2.0, not among the numbers from 0 to 1."),
     (
         lambda: oc.clip_by_historical_norm(warmup=200),
         "clip_by_historical_norm: warmup is 200, above the window of 128. Pass 128 or less.",
     ),
     (lambda: oc.clip_by_adaptive_quantile(2.0), "clip_by_adaptive_quantile: target is 2.0"),
-    (lambda: oc.aggc(most_up=0.5), "aggc: most_up is 0.5, among the numbers from 1 to inf."),
+    (lambda: oc.aggc(most_up=0.5), "aggc: most_up is 0.5, not among the numbers from 1 to inf."),
     (lambda: oc.adanorm(2.0), "adanorm: decay is 2.0"),
     (lambda: oc.gradient_stabilizer(second=-1.0), "gradient_stabilizer: second is -1.0"),
     (lambda: oc.normalize_by_running_norm(eps=-1.0), "normalize_by_running_norm: eps is -1.0"),

@@ -1,5 +1,7 @@
 """Which entries share a norm, and what `describe` says of it."""
 
+import re
+
 import chex
 import equinox as eqx
 import jax
@@ -236,6 +238,24 @@ def test_a_framework_that_is_not_known(axis):
     message = "groups.unit: axis is 'torch'. Pass one of 'equinox', 'flax', 'haiku', 'keras'."
     with pytest.raises(ValueError, match=f"^{message}$"):
         oc.groups.unit(axis)
+
+
+def test_names_that_no_leaf_gets_are_an_error():
+    """A typo would switch clipping off; without leaves, as behind `optax.partition`, it is none."""
+    params = {"head": {"w": jnp.ones(2)}, "body": jnp.ones(2)}
+    message = (
+        "groups.regex: no leaf gets a name by '^haed/', 'tail', among 'body', 'head/w': nothing would be "
+        "scaled. Mend the patterns."
+    )
+    for groups in (
+        oc.groups.regex({"head": "^haed/", "tail": "tail", None: ".*"}),
+        oc.groups.regex({"head": ["^haed/", "tail"]}, default=None),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            oc.clip_by_groupwise_norm(1.0, groups).init(params)
+        assert norms(groups, {}) == {}
+    assert norms(oc.groups.regex({"head": "^head/", "tail": "tail", None: ".*"}), params).keys() == {"head"}
+    assert norms(oc.groups.regex({None: ".*"}), params) == {}
 
 
 def test_a_last_key_with_slashes_is_several_keys():

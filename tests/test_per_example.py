@@ -537,7 +537,10 @@ def updated(updates, params=None, of=PARAMS, **options):
 
 
 VALUES = [
-    (lambda: oc.clip_per_example(-1.0), "clip_per_example: limit is -1.0, among the numbers from 0 to inf."),
+    (
+        lambda: oc.clip_per_example(-1.0),
+        "clip_per_example: limit is -1.0, not among the numbers from 0 to inf.",
+    ),
     (lambda: oc.clip_per_example(1.0, eps=-1.0), "clip_per_example: eps is -1.0"),
     (
         lambda: oc.clip_per_example(1.0, nonfinite="skip"),
@@ -549,7 +552,7 @@ VALUES = [
     ),
     (
         lambda: oc.per_example_quantile(1.5),
-        "per_example_quantile: target is 1.5, among the numbers from 0 to 1.",
+        "per_example_quantile: target is 1.5, not among the numbers from 0 to 1.",
     ),
     (lambda: oc.per_example_quantile(rate=-1.0), "per_example_quantile: rate is -1.0"),
     (lambda: oc.per_example_quantile(initial=0.0), "per_example_quantile: initial is 0.0"),
@@ -589,7 +592,7 @@ TYPES = [
         lambda: oc.clip_per_example({"a": 1.0}),
         "clip_per_example: limit is a dict. Pass limits.per_group({name",
     ),
-    (lambda: oc.clip_per_example(1.0, groups=oc.groups.leaf), "clip_per_example: groups is <function leaf"),
+    (lambda: oc.clip_per_example(1.0, groups=oc.groups.leaf), "clip_per_example: groups is of type function"),
     (lambda: oc.clip_per_example(1.0, norm=2), "clip_per_example: norm is 2, of type int."),
     (
         lambda: oc.clip_per_example(1.0, response=None),

@@ -516,7 +516,11 @@ def test_inside_shard_map_all_devices_decide_alike():
 
 
 ERRORS = [
-    (lambda: oc.skip_updates(SGD, -1.0), ValueError, "skip_updates: limit is -1.0, among the numbers from 0"),
+    (
+        lambda: oc.skip_updates(SGD, -1.0),
+        ValueError,
+        "skip_updates: limit is -1.0, not among the numbers from 0",
+    ),
     (lambda: oc.skip_updates(SGD, "1"), TypeError, "skip_updates: limit is '1', of type str."),
     (
         lambda: oc.skip_updates(SGD, watch="norms"),
@@ -531,7 +535,7 @@ ERRORS = [
     (
         lambda: oc.skip_updates(SGD, groups=oc.groups.layer),
         TypeError,
-        "skip_updates: groups is <function layer",
+        "skip_updates: groups is of type function",
     ),
     (
         lambda: oc.skip_updates(1.0),
@@ -581,7 +585,7 @@ ERRORS = [
             GRADS, oc.skip_updates(SGD, oc.limits.relative(0.1)).init(GRADS)
         ),
         ValueError,
-        "You are using a transformation that requires the current value of parameters",
+        "skip_updates: You are using a transformation that requires the current value of parameters",
     ),
 ]
 

@@ -580,7 +580,7 @@ def test_fewer_than_two_axes_are_measured_by_the_l2_norm():
 
 CLIP = oc.clip_by_spectral_norm
 VALUES = [
-    (lambda: CLIP(-1.0), "clip_by_spectral_norm: max_norm is -1.0, among the numbers from 0 to inf."),
+    (lambda: CLIP(-1.0), "clip_by_spectral_norm: max_norm is -1.0, not among the numbers from 0 to inf."),
     (lambda: CLIP(1.0, iterations=0), "clip_by_spectral_norm: iterations is 0, below 1. Pass 1 or more."),
     (lambda: CLIP(1.0, nonfinite="skip"), "clip_by_spectral_norm: nonfinite is 'skip'. Pass one of"),
     (
@@ -613,7 +613,7 @@ VALUES = [
     ),
     (
         lambda: CLIP(oc.limits.relative(1.0)).update(PLAIN, CLIP(1.0).init(PLAIN)),
-        "You are using a transformation that requires the current value of parameters",
+        "clip_by_spectral_norm: You are using a transformation that requires the current value of parameters",
     ),
     (lambda: oc.clip_singular_values(float("nan")), "clip_singular_values: max_value is nan"),
     (lambda: oc.soft_clip_singular_values(-2), "soft_clip_singular_values: max_value is -2"),
