@@ -56,6 +56,10 @@ Columns = Annotated[
 Step = Annotated[str | None, typer.Option(help=TEXT + "The column of the step.")]
 Loss = Annotated[str | None, typer.Option(help=TEXT + "The column of the loss.")]
 Norm = Annotated[str | None, typer.Option(help=TEXT + "What was logged: l2 (default), l1, linf, lp(3.0).")]
+Rows = Annotated[
+    Literal["leaf", "layer"],
+    typer.Option(help=TEXT + "A name in a log is taken for a leaf unless this says layer."),
+]
 Groups = Annotated[str, typer.Option(help="Put leaves together first: leaf, layer or depth:K.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout; null for what is not finite.")]
 Optimizer = Annotated[Literal["sgd", "adam"], typer.Option(help="What follows the clipping.")]
@@ -89,6 +93,7 @@ def show(
     step: Step = None,
     loss: Loss = None,
     norm: Norm = None,
+    rows: Rows = "leaf",
     groups: Groups = "leaf",
     json: Json = False,
 ) -> None:
@@ -96,7 +101,7 @@ def show(
 
     `optaxclip show log.csv --groups layer --most 40`
     """
-    history = read(file, columns, step, loss, norm, groups)
+    history = read(file, columns, step, loss, norm, rows, groups)
     found = _tables.lines(history, most)
     if json:
         first = history.first_nonfinite()
@@ -131,6 +136,7 @@ def plot(
     step: Step = None,
     loss: Loss = None,
     norm: Norm = None,
+    rows: Rows = "leaf",
     groups: Groups = "leaf",
     json: Json = False,
 ) -> None:
@@ -146,7 +152,7 @@ def plot(
         raise typer.BadParameter(
             f"{str(output)!r} ends in none of {', '.join(kinds)}.", param_hint="--output"
         )
-    history = read(file, columns, step, loss, norm, groups)
+    history = read(file, columns, step, loss, norm, rows, groups)
     said = history.advise(budget, optimizer, learning_rate) if advice else None
     if kind == "html":
         history.to_html(output, said, limits=limit)
@@ -169,6 +175,7 @@ def compare(
     step: Step = None,
     loss: Loss = None,
     norm: Norm = None,
+    rows: Rows = "leaf",
     groups: Groups = "leaf",
     json: Json = False,
 ) -> None:
@@ -182,7 +189,7 @@ def compare(
         policies = dict(_policies.policy(text) for text in policy or ())
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--policy") from error
-    history = read(file, columns, step, loss, norm, groups)
+    history = read(file, columns, step, loss, norm, rows, groups)
     replays = {name: history.replay(made) for name, made in policies.items()}
     for name, replay in replays.items():
         if history.names and not replay.names:
@@ -215,6 +222,7 @@ def advise(
     step: Step = None,
     loss: Loss = None,
     norm: Norm = None,
+    rows: Rows = "leaf",
     groups: Groups = "leaf",
     json: Json = False,
 ) -> None:
@@ -222,7 +230,7 @@ def advise(
 
     `optaxclip advise run.npz --optimizer adam`
     """
-    history = read(file, columns, step, loss, norm, groups)
+    history = read(file, columns, step, loss, norm, rows, groups)
     said = history.advise(budget, optimizer, learning_rate)
     if json:
         as_json(

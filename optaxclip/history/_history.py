@@ -16,7 +16,7 @@ from optaxclip.history._compare import Comparison, compare
 from optaxclip.history._evidence import Rule
 from optaxclip.history._recording import FirstNonfinite, Run, Stretch, fields, first_nonfinite, of_state
 from optaxclip.history._replay import Replay, policy_like, replay
-from optaxclip.history._rows import Regrouped, Row, Source, name_of, put_together, regroup
+from optaxclip.history._rows import Regrouped, Row, name_of, named_rows, put_together, regroup
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,6 +77,7 @@ class History:
         start: Any = None,
         sizes: Any = None,
         norm: str = "l2",
+        rows: Literal["leaf", "layer"] = "leaf",
     ):
         """A recording from arrays.
 
@@ -89,16 +90,17 @@ class History:
           start: the norms of the parameters at the start, `(leaves,)`.
           sizes: how many entries each leaf has, `(leaves,)`.
           norm: which norm it is.
+          rows: what the names are of: `"leaf"`, or `"layer"` for norms by `groups.layer()`, which cannot be
+            divided into those of leaves.
 
         Raises:
           TypeError: if an array holds no numbers.
           ValueError: if shapes do not fit, a norm is negative, steps do not ascend or are too large, a name
             comes twice, or there is no such norm.
         """
-        keys = [tuple(name.split("/")) if isinstance(name, str) else tuple(name) for name in names]
-        rows = tuple(Row("/".join(own), (Source(own),)) for own in keys)
+        own = named_rows(names, rows)
         given = {"steps": steps, "loss": loss, "params": params, "start": start, "sizes": sizes}
-        self.__dict__.update(fields(rows, norms, norm, **given))
+        self.__dict__.update(fields(own, norms, norm, **given))
 
     @classmethod
     def _of(cls, rows: tuple[Row, ...], norms: Any, norm: str, **given: Any) -> "History":
@@ -146,11 +148,12 @@ class History:
         loss: str | None = None,
         step: str | None = None,
         norm: str = "l2",
+        rows: Literal["leaf", "layer"] = "leaf",
     ) -> "History":
         """The norms in dicts of `metrics`, one for each update, as a loop collects them.
 
-        A norm of the whole is left out, unless there is no other. Groups stay what they are: norms of layers
-        cannot be divided into those of leaves.
+        A norm of the whole is left out, unless there is no other. A name is taken for a leaf unless `rows`
+        says layer.
 
         Args:
           metrics: the dicts, with scalars of NumPy, JAX or Python.
@@ -160,6 +163,7 @@ class History:
           loss: the key of the loss, if they have one.
           step: the key of the number of the update; by default they count from 0.
           norm: which norm was measured.
+          rows: `"leaf"`, or `"layer"` if `metrics` was given `groups.layer()`.
 
         Raises:
           TypeError: if an entry is no dict or a value no scalar.
@@ -172,7 +176,7 @@ class History:
         ('a', 'b') [[3. 4.]]
         """
         head = separator.join((prefix, statistic, ""))
-        return cls(**_logs.from_metrics(metrics, head, loss, step, norm))
+        return cls(**_logs.from_metrics(metrics, head, loss, step, norm), rows=rows)
 
     @classmethod
     def from_csv(
@@ -183,6 +187,7 @@ class History:
         step: str | None = None,
         loss: str | None = None,
         norm: str = "l2",
+        rows: Literal["leaf", "layer"] = "leaf",
         delimiter: str | None = None,
     ) -> "History":
         r"""The norms in a CSV log of any framework.
@@ -195,8 +200,9 @@ class History:
         `*_total`, `global`, `whole`) are left out, unless there is nothing else.
 
         Names with dots and no slashes, as PyTorch's `layers.0.weight`, become paths, `layers/0/weight`, but
-        for those of `metrics`. Lines of the same step complete one another, since loggers write several;
-        steps without norms are left out. The file is read line by line; its cells may be empty, `nan`, `inf`.
+        for those of `metrics`. A name in a log is taken for a leaf unless `rows` says layer. Lines of the
+        same step complete one another, since loggers write several; steps without norms are left out. The
+        file is read line by line; its cells may be empty, `nan`, `inf`.
 
         Args:
           path: a file of UTF-8 text whose first line names the columns.
@@ -206,6 +212,7 @@ class History:
           loss: the column of the loss; by default `loss`, `train/loss` or `train_loss`. If a step has
             several, the last counts.
           norm: which norm was logged. `rms` needs sizes, which logs do not have.
+          rows: `"leaf"`, or `"layer"` for norms by `groups.layer()` or of modules.
           delimiter: what is between cells; by default the one of comma, semicolon, tab and `|` that makes
             most columns of the first line.
 
@@ -222,7 +229,8 @@ class History:
         >>> print(history.names, history.steps, history.whole)
         ('fc/weight', 'fc/bias') [10 20] [ 5. 10.]
         """
-        return cls(**_logs.from_csv(path, delimiter, columns=columns, step=step, loss=loss, norm=norm))
+        found = _logs.from_csv(path, delimiter, columns=columns, step=step, loss=loss, norm=norm)
+        return cls(**found, rows=rows)
 
     @classmethod
     def from_jsonl(
@@ -233,6 +241,7 @@ class History:
         step: str | None = None,
         loss: str | None = None,
         norm: str = "l2",
+        rows: Literal["leaf", "layer"] = "leaf",
     ) -> "History":
         r"""The norms in a log of one JSON object a line; all else as in `from_csv`, keys being columns.
 
@@ -244,7 +253,7 @@ class History:
         >>> print(oc.History.from_jsonl(path).norms.tolist())
         [[3.0], [nan]]
         """
-        return cls(**_logs.from_jsonl(path, columns=columns, step=step, loss=loss, norm=norm))
+        return cls(**_logs.from_jsonl(path, columns=columns, step=step, loss=loss, norm=norm), rows=rows)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes all of the recording to one file, of exactly this name; `load` reads it.
