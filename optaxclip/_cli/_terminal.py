@@ -167,3 +167,5 @@ def print_advice(said: Any) -> None:
     if said.comparison is not None:
         print()
         print_comparison(said.comparison)
+    elif said._end():
+        print(f"\n{said._end()}")

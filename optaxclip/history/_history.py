@@ -393,12 +393,12 @@ class History:
         >>> print([(row.name, round(row.spike_cut, 1), round(row.spread, 1)) for row in found.rows])
         [('global', 66.7, 1.0), ('leaf', 59.6, 66.7)]
         """
-        return compare(self, policies)
+        return compare(self, policies, _RULE)
 
     def advise(
         self,
         budget: float = 0.05,
-        optimizer: Literal["sgd", "adam"] = "sgd",
+        optimizer: Literal["sgd", "adam"] | None = None,
         learning_rate: float | None = None,
         *,
         rule: Rule = _RULE,
@@ -410,12 +410,14 @@ class History:
         Args:
           budget: which share of the ordinary norms of each group clipping may touch, from 0 to 0.5.
           optimizer: what follows the clipping: `"sgd"` for steps in proportion to the update, with or without
-            momentum, `"adam"` for those that do not depend on its size.
+            momentum, `"adam"` for those that do not depend on its size, as of AdamW, Lion and Adafactor.
+            Without it SGD is taken, and the reasons say so.
           learning_rate: the optimizer's; its peak, where it warms up. With it and SGD, the length of steps is
-            judged too.
+            judged too, if the norms of the parameters were recorded.
           rule: the constants of the rule.
 
         Raises:
+          TypeError: if the learning rate is no number.
           ValueError: if an argument is outside its range, or unknown.
 
         >>> import numpy as np, optaxclip as oc
@@ -462,7 +464,7 @@ class History:
           most: how many groups to show. Those with the largest shares and the largest norms are kept.
 
         Raises:
-          ImportError: without rich, which `pip install 'optaxclip[cli]'` brings.
+          ImportError: without rich: `pip install rich`.
         """
         from optaxclip.history import _tables
 
@@ -483,7 +485,8 @@ class History:
           A figure that belongs to no window: `figure.savefig("norms.png")`; notebooks show it as it is.
 
         Raises:
-          ImportError: without Matplotlib, which `pip install 'optaxclip[plot]'` brings.
+          ImportError: without Matplotlib: `pip install matplotlib`.
+          TypeError: if a limit is no number.
           ValueError: if a limit is negative or NaN, or has another shape.
         """
         from optaxclip.history import _plot
@@ -501,8 +504,9 @@ class History:
           limits: limits of the whole norm to draw, as in `plot`.
 
         Raises:
-          ImportError: without Matplotlib, which `pip install 'optaxclip[plot]'` brings.
+          ImportError: without Matplotlib: `pip install matplotlib`.
           OSError: if the file cannot be written.
+          TypeError: if a limit is no number.
           ValueError: if a limit is negative or NaN, or has another shape.
         """
         from optaxclip.history import _html

@@ -12,6 +12,7 @@ from optaxclip.history._expressed import called
 from optaxclip.history._lengths import Lengths, norm
 
 # These change what is said, not what is advised.
+MOST = 0.5  # of the steps
 WORTH_SAYING = 2.0  # a factor; what changes by less is lost in the scatter of norms
 TURNED = 0.99  # the cosine of 8 degrees; a smaller angle is no reason against a policy
 
@@ -51,14 +52,51 @@ def _nothing_known(history: Any, found: Evidence) -> str:
     return f"No recorded step is finite.{where} {todo}"
 
 
+def taken(history: Any, optimizer: str | None, rate: float | None, used: bool) -> list[str]:
+    """What was assumed, and why the learning rate was not used."""
+    if optimizer == "adam":
+        return []
+    said = []
+    what = [] if optimizer else ["optimizer 'adam' for Adam and its kin"]
+    if rate is None:
+        head = "The learning rate is" if optimizer else "Taken: SGD, with a learning rate that is"
+        also = "the learning rate"
+        if history.start is None:
+            also += ", of a recording with the norms of the parameters, by oc.record()"
+        said.append(
+            f"{head} not known, so how long steps are was not judged. Pass {', or '.join([*what, also])}."
+        )
+    elif not optimizer:
+        said.append(f"Taken: SGD. Pass {what[0]}.")
+    if rate is not None and not used:
+        why = "the recording has no norms of the parameters; record them with oc.record()"
+        if history.start is not None and history.norm != "l2":
+            why = f"the norms are {history.norm}, and lengths are l2; record these"
+        elif history.start is not None:
+            why = "no norm of parameters that get gradients is finite and above zero"
+        said.append(f"The learning rate was not used: {why}.")
+    return said
+
+
+def clips_most(acted: np.ndarray, steps: int) -> list[str]:
+    """That clipping sets the length of steps, where it does; `acted` is of those that are finite."""
+    if not acted.mean() > MOST:
+        return []
+    which = "recorded steps" if len(acted) == steps else "finite steps"
+    return [
+        f"What is advised clips {_percent(acted.mean())} of the {len(acted)} {which}: it sets how long steps "
+        "are, rather than holding a few; a lower learning rate does much the same."
+    ]
+
+
 def seen(history: Any, found: Evidence, steps: Lengths | None) -> list[str]:
     """What was seen."""
     said, ordinary = [], found.whole[found.ordinary]
     if len(ordinary):
         low, high = np.quantile(ordinary, [0.05, 0.95])
-        norms = (
-            f"nine of ten have norms from {low:.3g} to {high:.3g}" if low < high else f"its norm is {low:.3g}"
-        )
+        norms = f"its norm is {low:.3g}" if len(ordinary) == 1 else f"each of norm {low:.3g}"
+        if low < high:
+            norms = f"nine of ten have norms from {low:.3g} to {high:.3g}"
         said.append(
             f"{len(ordinary)} of {_count(len(history), 'recorded step', 'recorded steps')} "
             f"{'is' if len(ordinary) == 1 else 'are'} ordinary: {norms}."
@@ -95,7 +133,9 @@ def _nonfinite_seen(found: Evidence) -> list[str]:
     said, first = [], found.nonfinite
     if first is not None:
         deepest = first.deepest_finite
-        still = "" if deepest is None else f" The deepest row still finite in it is {deepest!r}."
+        still = (
+            "" if deepest is None else f" Next to them in the order of rows, {deepest!r} still was finite."
+        )
         said.append(f"Step {first.step} is the first that is not finite, in {some(first.names)}.{still}")
     if found.passed:
         said.append(
@@ -160,7 +200,11 @@ def culprits_too_long(steps: Lengths, culprits: np.ndarray) -> str:
     names = [called(steps.layers[k]) for k in np.flatnonzero(culprits)]
     rest = steps.each[~culprits]
     rest = rest[~np.isnan(rest)]
-    others = f", those of other layers {np.median(rest):.2g} times" if len(rest) else ""
+    others = ""
+    if len(rest) == 1:
+        others = f", those of the other layer {rest[0]:.2g}"
+    elif len(rest):
+        others = f", those of other layers {np.median(rest):.2g} in the middle and {rest.max():.2g} at most"
     return (
         f"Only {some(names)} {'is' if len(names) == 1 else 'are'} to blame: ordinary steps there are up to "
         f"{np.nanmax(steps.each[culprits]):.2g} times as long as the weights{others}. They are held to "
@@ -195,9 +239,12 @@ def all_too_long(found: Evidence, steps: Lengths, rule: Rule) -> str:
     )
 
 
-def in_proportion() -> str:
+def in_proportion(floor: float) -> str:
     """What limits relative to weights ask for."""
-    return "The limits are in proportion to each layer's weights: pass params to the optimizer's update."
+    return (
+        "The limits are in proportion to each layer's weights: pass params to the optimizer's update. No "
+        f"layer counts as less than {floor:g}, the least norm of a layer's weights at the start."
+    )
 
 
 def scattered(found: Evidence, limit: float, budget: float) -> str:
@@ -214,16 +261,21 @@ def few_ordinary(found: Evidence) -> str:
     return f"A limit read from {number} is a first guess: train with it, and record again."
 
 
-def from_the_start(limit: float, weights: bool) -> str:
-    """Where a limit comes from when there was no ordinary step."""
+def from_the_start(limit: float, weights: bool, lengths: bool) -> str:
+    """Where a limit comes from when there was no ordinary step; `lengths`: those of steps could be known."""
     source = (
         "a hundredth of the weights' norm, as in adaptive gradient clipping"
         if weights
         else "the median norm before they grew"
     )
+    todo = (
+        "Pass the learning rate for a limit that goes by the length of steps, or record"
+        if lengths
+        else "Record"
+    )
     return (
         f"The run ended before there were enough ordinary steps to read a limit from; {limit:g} is {source}. "
-        "Pass learning_rate= for a limit that goes by the length of steps, or record a run at a lower rate."
+        f"{todo} a run at a lower rate."
     )
 
 
