@@ -7,7 +7,7 @@ import numpy as np
 
 from optaxclip import _checks
 from optaxclip._base import Limit
-from optaxclip.history import _advice, _reasons
+from optaxclip.history import _advice, _reasons, _seen
 from optaxclip.history._advice import Advice, Chosen, PolicyName
 from optaxclip.history._compare import compare
 from optaxclip.history._evidence import Evidence, Rule, evidence
@@ -45,14 +45,14 @@ def advise(
     _check(budget, optimizer, learning_rate)
     history = plain(history)
     found = evidence(history, rule)
-    refusal = _reasons.undecided(history, found, rule)
+    refusal = _seen.undecided(history, found, rule)
     if refusal is not None:
         chosen = _advice.nothing()
         return Advice("undecided", None, None, None, chosen.code, (refusal,), None, chosen.transformation)
     steps = None if optimizer == "adam" else lengths(history, found, learning_rate, rule.step)
     case = Case(history, found, steps, learning_rate, budget, optimizer or "sgd", rule)
-    taken = _reasons.taken(history, optimizer, learning_rate, steps is not None)
-    said = [*taken, *_reasons.seen(history, found, steps)]
+    taken = _seen.taken(history, optimizer, learning_rate, steps is not None)
+    said = [*taken, *_seen.seen(history, found, steps)]
     if optimizer == "adam":
         return _for_adam(case, said)
     if steps is not None:
