@@ -1,5 +1,6 @@
 """The command: `python -m optaxclip --help`."""
 
+import importlib.util
 import sys
 
 
@@ -8,9 +9,12 @@ def main() -> None:
     try:
         from optaxclip import _cli
     except ImportError as error:
-        if error.name is None or error.name.split(".")[0] == "optaxclip":
+        missing = (error.name or "optaxclip").split(".")[0]
+        if missing == "optaxclip":
             raise
-        print(f"optaxclip: there is no {error.name}. pip install 'optaxclip[cli]'", file=sys.stderr)
+        needed = [name for name in ("typer", "rich", "matplotlib") if not importlib.util.find_spec(name)]
+        install = " ".join(dict.fromkeys([*needed, missing]))
+        print(f"optaxclip: there is no {error.name}. pip install {install}", file=sys.stderr)
         sys.exit(2)
     _cli.main()
 

@@ -132,6 +132,12 @@ def policy_of(transformation: Any) -> Policy | None:
     return owner if isinstance(owner, Policy) else None
 
 
+def renamed(where: str, made: Any) -> Any:
+    """A transformation whose errors say that they are of `where`, if `rescale_by_norm` made it."""
+    policy = policy_of(made)
+    return made if policy is None else policy.called(where)
+
+
 def named(**own: str) -> Callable[[Callable[P, Any]], Callable[P, optax.GradientTransformationExtraArgs]]:
     """Lets a method's errors name the method and its own arguments, not what it is made of.
 
@@ -151,8 +157,7 @@ def named(**own: str) -> Callable[[Callable[P, Any]], Callable[P, optax.Gradient
                     raise
                 name = own.get(found[1], found[1])
                 raise type(error)(f"{method.__name__}: {name}{text[found.end() :]}") from None
-            policy = policy_of(made)
-            return made if policy is None else policy.called(method.__name__)
+            return renamed(method.__name__, made)
 
         return called
 

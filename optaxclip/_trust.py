@@ -14,7 +14,7 @@ from optaxclip._base import Groups, Limit, PyTree
 from optaxclip._learning import power_mean
 from optaxclip._partition import Partition, matching, named_leaves, partition
 from optaxclip._read import times, widen
-from optaxclip._rescale import rescale_by_norm
+from optaxclip._rescale import renamed, rescale_by_norm
 from optaxclip._scale import scale
 from optaxclip._split import AxisName
 from optaxclip._walk import number, rest, together, walk, zeros
@@ -326,13 +326,16 @@ def larc(
             ratio = ratio / rate.update(norm, (), ctx)[0].astype(norm.dtype)
         return jnp.where(known, norm * ratio, jnp.inf), state
 
-    inner = rescale_by_norm(
-        Limit(lambda table: (), local, needs_params=True),
-        groups=groups,
-        response=responses.clip() if clip else responses.normalize(),
-        nonfinite=nonfinite,
-        axis_name=axis_name,
-        specs=specs,
+    inner = renamed(
+        where,
+        rescale_by_norm(
+            Limit(lambda table: (), local, needs_params=True),
+            groups=groups,
+            response=responses.clip() if clip else responses.normalize(),
+            nonfinite=nonfinite,
+            axis_name=axis_name,
+            specs=specs,
+        ),
     )
     decays = not (_checks.is_number(weight_decay) and weight_decay == 0)
 
@@ -433,12 +436,15 @@ def lamb_trust_ratio(
             known, jnp.clip(jnp.minimum(ctx.params, most), low * size, high * size), jnp.inf
         ), state
 
-    return rescale_by_norm(
-        Limit(lambda table: (), trust, needs_params=True),
-        groups=groups,
-        response=responses.normalize(),
-        eps=eps,
-        nonfinite=nonfinite,
-        axis_name=axis_name,
-        specs=specs,
+    return renamed(
+        where,
+        rescale_by_norm(
+            Limit(lambda table: (), trust, needs_params=True),
+            groups=groups,
+            response=responses.normalize(),
+            eps=eps,
+            nonfinite=nonfinite,
+            axis_name=axis_name,
+            specs=specs,
+        ),
     )

@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -173,7 +174,7 @@ CALM = np.exp(0.5 * np.random.default_rng(2).standard_normal((300, 1)))
 UNWEIGHED = {
     "short": (CALM[:20], "The recording has 20 steps, 20 with a norm that is finite"),
     "clipped": (np.minimum(CALM, 1), "these updates have been clipped or normalised already"),
-    "ended": ([*CALM[:20], [np.inf]], "Too few recorded steps are ordinary"),
+    "ended": ([*CALM[:20], [np.inf]], "run.npz' has too few ordinary steps to choose policies by."),
 }
 
 
@@ -182,9 +183,10 @@ def test_without_policies_it_is_said_why_none_can_be_chosen(tmp_path, kind):
     """For the reason that the advice has; policies of one's own are compared all the same."""
     norms, why = UNWEIGHED[kind]
     oc.History(["w"], norms).save(tmp_path / "run.npz")
-    said = " ".join(run("compare", tmp_path / "run.npz", code=2).stderr.replace("│", " ").split())
-    assert why in said
-    assert "Or pass policies." in said.partition(why)[2]
+    said = run("compare", tmp_path / "run.npz", code=1).stderr
+    assert said.startswith("optaxclip: '")
+    assert said.count("\n") == 1
+    assert said.partition(why)[2].endswith(" Name some: -p global:1.0.\n")
     run("compare", tmp_path / "run.npz", "-p", "global:1")
 
 
@@ -195,7 +197,7 @@ def test_a_recording_without_groups_is_looked_at_like_any_other(tmp_path):
     oc.History.from_state(tx.update(tree, tx.init(tree))[1], tree).save(path)
     assert parsed("show", path)["groups"] == []
     assert "The recording has no groups" in run("advise", path).stdout
-    assert "The recording has no groups" in run("compare", path, code=2).stderr
+    assert "The recording has no groups" in run("compare", path, code=1).stderr
     assert len(parsed("compare", path, "-p", "leafwise:1")["policies"]) == 1
     for name in ("x.png", "x.html"):
         run("plot", path, "-o", tmp_path / name)
@@ -282,6 +284,53 @@ def test_what_is_no_policy_is_refused(form):
     assert len(str(error.value)) < 6000
 
 
+@pytest.mark.parametrize(
+    ("form", "why"),
+    [
+        ("global", "global needs a limit: global:1.0. Pass none"),
+        ("leafwise:", "leafwise needs a limit: leafwise:1.0. Pass none"),
+        ("depth:1", "depth needs a number of keys and a limit: depth:1:0.5. Pass none"),
+        ("regex:embed", "regex needs a pattern and a limit: regex:embed:0.1. Pass none"),
+        ("none:1", "none takes none. Pass none"),
+        ("zclip:1:2", "could not convert string to float: '1:2'. Pass none"),
+        ("autoclip:0.9", "percentiles are of 100: 90 rather than 0.9. Pass none"),
+        ("regex:[:0.1", "Mend it. Pass none"),
+    ],
+)
+def test_what_is_wrong_with_a_policy_is_said(form, why):
+    """And what it should look like, in one sentence."""
+    with pytest.raises(ValueError, match=rf"{re.escape(why)}, global:LIMIT, "):
+        _policies.policy(form)
+
+
+def test_names_in_a_log_may_be_of_layers(tmp_path):
+    """What `metrics` logged by layer is advised on and replayed by layer, never by leaf."""
+    path, names = tmp_path / "layers.jsonl", ["blocks/0", "blocks/1", "head", "(root)"]
+    norms = np.exp(0.2 * np.random.default_rng(0).standard_normal((300, 4)))
+    for k in range(4):
+        norms[20 + 13 * k :: 80, k] *= 100
+    lines = [{f"clip/norm_before/{n}": x for n, x in zip(names, row, strict=True)} for row in norms]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    taken_for_leaves, found = parsed("advise", path), parsed("advise", path, "--rows", "layer")
+    assert taken_for_leaves["policy"] == "leafwise"
+    assert found["policy"] == "layerwise"
+    assert found["code"].startswith("oc.clip_by_layerwise_norm(oc.limits.per_group({'blocks/0': ")
+    assert not any("leaf" in row["name"] for row in found["comparison"])
+    rows = parsed("compare", path, "--rows", "layer", "-p", "layerwise:0.1", "-p", "global:0.1")["policies"]
+    assert rows[0]["spread"] > 1
+    groups = parsed("show", path, "--rows", "layer", "--groups", "layer")["groups"]
+    assert sorted(group["name"] for group in groups) == sorted(names)
+    why = run("compare", path, "--rows", "layer", "-p", "leafwise:0.1", code=1).stderr
+    assert "a layer whose leaves were not logged" in why
+
+
+def test_advice_without_a_comparison_says_why(tmp_path):
+    """After its reasons, as `str` of it does."""
+    oc.History(["w"], UNWEIGHED["ended"][0]).save(tmp_path / "run.npz")
+    said = run("advise", tmp_path / "run.npz").stdout
+    assert said.endswith("\n\nNo comparison: only 20 steps are ordinary.\n")
+
+
 def damaged(folder, files):
     """Files that hold no norms."""
     saved = (files / "run.npz").read_bytes()
@@ -339,6 +388,9 @@ def test_an_unknown_column_is_named_among_the_known(files, option):
         (["plot"], "--output"),
         (["advise", "--optimizer", "lion"], "--optimizer"),
         (["advise", "--budget", "0.9"], "--budget"),
+        (["advise", "--lr", "0"], "0.0 is not above 0."),
+        (["advise", "--learning-rate", "nan"], "nan is not above 0."),
+        (["compare", "--rows", "layer", "-p", "none"], "--rows: a saved recording has its own"),
         (["nonsense"], "nonsense"),
     ],
 )
@@ -386,7 +438,10 @@ def test_help_teaches():
         assert said in found.stdout
     assert "\x1b" not in found.stdout
     for command in ("show", "plot", "compare", "advise"):
-        assert f"optaxclip {command} " in run(command, "--help").stdout
+        said = " ".join(run(command, "--help").stdout.replace("│", " ").split())
+        assert f"optaxclip {command} " in said
+        assert "A name in a log is taken for a leaf unless this says layer." in said
+    assert "zclip[:Z] (with its cap of 1)" in " ".join(run("compare", "--help").stdout.split())
     assert run("--version").stdout.strip() == oc.__version__
 
 
@@ -400,7 +455,7 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exited:
         main()
     assert exited.value.code == 2
-    assert capsys.readouterr().err == "optaxclip: there is no typer. pip install 'optaxclip[cli]'\n"
+    assert capsys.readouterr().err == "optaxclip: there is no typer. pip install typer\n"
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.html"])
@@ -408,7 +463,8 @@ def test_a_plot_without_matplotlib_says_what_to_install(files, tmp_path, monkeyp
     """In one line, with the exit code of a missing package."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     found = run("plot", files / "run.npz", "-o", tmp_path / name, code=2)
-    assert found.stderr.startswith("optaxclip: History.plot: there is no matplotlib. Install it: pip install")
+    said = "optaxclip: History.plot: there is no matplotlib. Install it: pip install matplotlib.\n"
+    assert found.stderr == said
     assert found.stderr.count("\n") == 1
 
 

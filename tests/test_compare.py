@@ -96,18 +96,18 @@ def test_norms_without_angles_have_no_cosine():
     assert str(found).splitlines()[2].split()[-3:-1] == ["–", "–"]
 
 
-def test_zero_updates_are_ordinary_and_kept():
-    """A recording of zeros has no spikes, and nothing to clip."""
+def test_zero_updates_are_counted_apart_and_kept():
+    """A recording of zeros has no spikes, and nothing to clip; zeros are no ordinary steps, as in advice."""
     found = recording(np.zeros((6, 3))).compare([GLOBAL, LEAF])
-    assert found.ordinary == 6
+    assert (found.ordinary, found.spikes, found.zero) == (0, 0, 6)
     assert [(row.clipped, row.largest_after, row.cosine_mean) for row in found.rows] == [(0, 0, 1)] * 2
 
 
 def test_nothing_finite_leaves_nothing_to_say():
-    """Where no step is finite, all are spikes, and norms and angles are NaN."""
+    """Where no step is finite, norms and angles are NaN."""
     found = recording(np.full((4, 3), np.nan)).compare([GLOBAL])
     (row,) = found.rows
-    assert (found.ordinary, row.clipped, row.touched) == (0, 0, 0)
+    assert (found.ordinary, found.spikes, found.nonfinite, row.clipped, row.touched) == (0, 0, 4, 0, 0)
     assert np.isnan([row.largest_after, row.spike_cut]).all()
 
 
@@ -116,6 +116,23 @@ def test_an_empty_recording_has_an_empty_table():
     found = recording(np.zeros((0, 3))).compare([GLOBAL])
     assert str(found).splitlines()[0] == "0 steps, 0 of them spikes"
     assert found.rows[0].clipped == 0
+
+
+def test_steps_are_of_the_kinds_that_advice_sees():
+    """First steps, growth towards the end, zeros and what is not finite are no spikes."""
+    norms = np.concatenate([50 * np.ones(3), np.ones(90), [80.0, 0.0], np.ones(20), 2.0 ** np.arange(2, 6)])
+    norms = np.concatenate([norms, np.full(30, np.nan)])[:, None]
+    history = recording(norms, ["w"])
+    found = history.compare([np.inf])
+    counts = found.ordinary, found.spikes, found.settling, found.growing, found.zero, found.nonfinite
+    assert counts == (110, 1, 3, 4, 1, 30)
+    assert sum(counts) == found.steps
+    assert found.title() == (
+        "149 steps, 1 of them spikes, 3 before norms settled, 4 growing towards the end, 1 zero, "
+        "30 not finite"
+    )
+    assert f"{found.ordinary} of {found.steps} recorded steps are ordinary" in str(history.advise())
+    assert found.table().title == str(found).splitlines()[0] == found.title()
 
 
 def test_one_row_is_enough():
@@ -138,7 +155,7 @@ def test_the_table_lines_up():
     """The text has a line on the recording, a head, and a line of equal width for each policy."""
     text = str(recording(spiky()).compare({"global": GLOBAL, "leafwise, at 3": LEAF}))
     first, *lines = text.splitlines()
-    assert first == "40 steps, 3 of them spikes"
+    assert first == "40 steps, 2 of them spikes, 1 not finite"
     assert lines[0].split()[:2] == ["policy", "clipped"]
     assert len({len(line) for line in lines}) == 1
     assert lines[1].split()[1] == "30.0%"

@@ -1,6 +1,7 @@
 """A recording's rows, its errors, and how finer recordings become coarser ones."""
 
 import functools
+import json
 import tracemalloc
 
 import jax
@@ -212,6 +213,45 @@ def test_a_history_of_arrays():
     assert (history.norm, history.run, history.rows[1].sources[0].keys) == ("l2", None, ("b",))
 
 
+LAYERS = ["blocks/0", "blocks/1", "(root)"]
+MADE = {
+    "arrays": lambda path, norms: oc.History(LAYERS, norms, rows="layer"),
+    "metrics": lambda path, norms: oc.History.from_metrics(
+        [{f"clip/norm_before/{k}": x for k, x in zip(LAYERS, row, strict=True)} for row in norms],
+        rows="layer",
+    ),
+    "csv": lambda path, norms: oc.History.from_csv(path, rows="layer"),
+    "jsonl": lambda path, norms: oc.History.from_jsonl(path, rows="layer"),
+}
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_names_may_be_of_layers(tmp_path, kind):
+    """Then groups by layer leave the rows as they are, and finer ones are refused."""
+    path, norms = tmp_path / "log", np.array([[3.0, 4.0, 0.0], [1.0, 2.0, 2.0]])
+    if kind == "csv":
+        head = ",".join(f"norm_before/{name}" for name in LAYERS)
+        path.write_text("\n".join([head, *(",".join(map(str, row)) for row in norms)]))
+    if kind == "jsonl":
+        lines = [
+            json.dumps({f"norm_before/{k}": x for k, x in zip(LAYERS, row, strict=True)}) for row in norms
+        ]
+        path.write_text("\n".join(lines))
+    history = MADE[kind](path, norms)
+    assert history.names == tuple(LAYERS)
+    layers = history.regroup(LAYER)
+    assert sorted(layers.names) == sorted(LAYERS)
+    assert history.replay(1.0, LAYER).norm.shape == (2, 3)
+    assert history.regroup(oc.groups.whole()).norms[:, 0].tolist() == [5, 3]
+    blocks = history.regroup(oc.groups.regex({"blocks": "^blocks/", None: ".*"}))
+    np.testing.assert_allclose(blocks.norms[:, 0], [5, np.sqrt(5)])
+    for finer in (LEAF, oc.groups.depth(3)):
+        with pytest.raises(ValueError, match=r"divide row '.*', a layer whose leaves were not logged\. Pass"):
+            history.regroup(finer)
+    with pytest.raises(ValueError, match="depend on the shapes of leaves"):
+        history.regroup(UNIT)
+
+
 WHOLE = {"l2": 5, "l1": 7, "linf": 4, "lp(3.0)": 91 ** (1 / 3), "rms": np.sqrt((9 * 45 + 16 * 5) / 50)}
 
 
@@ -261,6 +301,11 @@ ONE_STEP = [[1.0, 2.0]]
         (lambda: oc.History(TWO, ONE_STEP, steps=[2**53]), ValueError, STEPS),
         (lambda: oc.History(TWO, ONE_STEP, steps=[2**53 + 1]), ValueError, STEPS),
         (lambda: oc.History(["a", "a"], ONE_STEP), ValueError, r"^History: 'a' is the name of several rows"),
+        (
+            lambda: oc.History(TWO, ONE_STEP, rows="module"),
+            ValueError,
+            r"^History: rows is 'module'\. Pass one of 'leaf', 'layer'\.$",
+        ),
         (
             lambda: oc.History(TWO, ONE_STEP, norm="l3"),
             ValueError,

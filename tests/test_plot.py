@@ -6,6 +6,7 @@ import io
 import itertools
 import re
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -294,6 +295,43 @@ def test_the_text_tells_the_first_update_that_is_not_finite():
     assert "loss: 2 at first, 1 at last, 1 at best" in said
 
 
+def dead():
+    """A run that is not finite from update 2 on, as of units that pass no gradient on: most rows are zero."""
+    norms = np.full((1200, 3), 0.0)
+    norms[:2] = [[3.0, 4.0, 1.0], [30.0, 40.0, 10.0]]
+    norms[2:, 1] = np.nan
+    return oc.History(["a", "b", "c"], norms, loss=[2.0, 3.0, *[np.nan] * 1198])
+
+
+def test_what_follows_the_last_finite_update_is_not_in_the_numbers():
+    """A dead network's zeros are no norms of a gradient; how often a row was not finite is counted in all."""
+    text = printed(dead())
+    assert row(text, "a")[1] == "16.5"
+    assert row(text, "c")[1] == "5.5"
+    assert row(text, "b")[-1] == "1,198"
+    assert "Norms and shares are of the updates up to 1, the last finite one." in " ".join(text.split())
+    assert "the last finite one" not in " ".join(printed(spiky()).split())
+
+
+def test_numbers_are_of_all_updates_if_none_is_finite():
+    """There is nothing else to show."""
+    assert row(printed(oc.History(["a", "b"], [[3.0, np.nan]] * 3)), "a")[1] == "3"
+
+
+def test_the_last_finite_loss_is_said_to_be_that():
+    """With its update."""
+    assert "loss: 2 at first, 3 at update 1, the last finite, 2 at best" in str(dead())
+
+
+@pytest.mark.parametrize("limits", ["x.png", Path("x.png"), ["x.png"], {"mine": "high"}], ids=str)
+def test_a_limit_is_no_path(limits):
+    """What was meant for `savefig` is told from a limit."""
+    with pytest.raises(
+        TypeError, match=r"History\.plot: limits is .*, of type \w+\. Pass numbers; to write a"
+    ):
+        spiky().plot(limits)
+
+
 class Tags(html.parser.HTMLParser):
     """The tags and attributes of a page, and its text."""
 
@@ -359,16 +397,16 @@ def test_the_page_draws_limits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("module", "look", "extra"),
+    ("module", "look", "package"),
     [
-        ("rich", lambda history: history.table(), "cli"),
-        ("matplotlib.figure", lambda history: history.plot(), "plot"),
+        ("rich", lambda history: history.table(), "rich"),
+        ("matplotlib.figure", lambda history: history.plot(), "matplotlib"),
     ],
 )
-def test_a_missing_package_is_named(monkeypatch, module, look, extra):
+def test_a_missing_package_is_named(monkeypatch, module, look, package):
     """With the line that installs it."""
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"pip install 'optaxclip\[{extra}\]'"):
+    with pytest.raises(ImportError, match=rf"Install it: pip install {package}\.$"):
         look(spiky())
 
 

@@ -127,6 +127,17 @@ def test_arrays_come_back_to_the_bit(tmp_path_factory, data, keys):
     assert alike(oc.History.load(path), history)
 
 
+def test_rows_of_layers_come_back_as_layers(tmp_path):
+    """Of which no leaves are known."""
+    history = oc.History(["a/b", "(root)"], [[3.0, 4.0]], rows="layer")
+    history.save(tmp_path / "run.npz")
+    found = oc.History.load(tmp_path / "run.npz")
+    assert found.rows == history.rows
+    assert found.regroup(oc.groups.layer()).names == ("(root)", "a/b")
+    with pytest.raises(ValueError, match="a layer whose leaves were not logged"):
+        found.regroup(oc.groups.leaf())
+
+
 def test_rows_of_many_leaves_come_back(tmp_path):
     """A regrouped recording has rows that are of several leaves each."""
     history = recorded().regroup(oc.groups.whole())

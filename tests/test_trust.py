@@ -416,7 +416,7 @@ ERRORS = [
     (lambda: oc.larc(0.1, eps=float("nan")), "larc: eps is nan"),
     (
         lambda: oc.larc(0.1).update({"w": jnp.ones(2)}, oc.larc(0.1).init({"w": jnp.ones(2)})),
-        "lamb_trust_ratio: You are using a transformation that requires the current value of parameters",
+        "larc: You are using a transformation that requires the current value of parameters",
     ),
     (lambda: oc.lamb_trust_ratio(-1.0), "lamb_trust_ratio: max_norm is -1.0"),
     (lambda: oc.lamb_trust_ratio(eps=-1.0), "lamb_trust_ratio: eps is -1.0"),

@@ -56,10 +56,36 @@ Columns = Annotated[
 Step = Annotated[str | None, typer.Option(help=TEXT + "The column of the step.")]
 Loss = Annotated[str | None, typer.Option(help=TEXT + "The column of the loss.")]
 Norm = Annotated[str | None, typer.Option(help=TEXT + "What was logged: l2 (default), l1, linf, lp(3.0).")]
+Rows = Annotated[
+    Literal["leaf", "layer"],
+    typer.Option(help=TEXT + "A name in a log is taken for a leaf unless this says layer."),
+]
 Groups = Annotated[str, typer.Option(help="Put leaves together first: leaf, layer or depth:K.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout; null for what is not finite.")]
-Optimizer = Annotated[Literal["sgd", "adam"], typer.Option(help="What follows the clipping.")]
-Rate = Annotated[float | None, typer.Option(min=0, help="Its learning rate; the highest of a schedule.")]
+Optimizer = Annotated[
+    Literal["sgd", "adam"] | None,
+    typer.Option(
+        help="What follows the clipping: adam, for AdamW, Lion, Adafactor and all whose steps do not depend "
+        "on the size of gradients; or sgd, for momentum too, which is taken without it."
+    ),
+]
+
+
+def _above_zero(value: float | None) -> float | None:
+    if value is not None and not value > 0:
+        raise typer.BadParameter(f"{value} is not above 0.")
+    return value
+
+
+Rate = Annotated[
+    float | None,
+    typer.Option(
+        "--learning-rate",
+        "--lr",
+        callback=_above_zero,
+        help="Its learning rate, above 0; the highest of a schedule.",
+    ),
+]
 Budget = Annotated[
     float, typer.Option(min=0, max=0.5, help="Which share of ordinary updates clipping may touch.")
 ]
@@ -89,6 +115,7 @@ def show(
     step: Step = None,
     loss: Loss = None,
     norm: Norm = None,
+    rows: Rows = "leaf",
     groups: Groups = "leaf",
     json: Json = False,
 ) -> None:
@@ -96,7 +123,7 @@ def show(
 
     `optaxclip show log.csv --groups layer --most 40`
     """
-    history = read(file, columns, step, loss, norm, groups)
+    history = read(file, columns, step, loss, norm, rows, groups)
     found = _tables.lines(history, most)
     if json:
         first = history.first_nonfinite()
@@ -124,13 +151,14 @@ def plot(
     output: Annotated[Path, typer.Option("-o", "--output", help=".png, .svg, .pdf, or .html.")],
     limit: Annotated[list[float] | None, typer.Option(help="A limit of the whole norm to draw.")] = None,
     advice: Annotated[bool, typer.Option(help="Draw the advised limit.")] = True,
-    optimizer: Optimizer = "sgd",
+    optimizer: Optimizer = None,
     learning_rate: Rate = None,
     budget: Budget = 0.05,
     columns: Columns = None,
     step: Step = None,
     loss: Loss = None,
     norm: Norm = None,
+    rows: Rows = "leaf",
     groups: Groups = "leaf",
     json: Json = False,
 ) -> None:
@@ -146,7 +174,7 @@ def plot(
         raise typer.BadParameter(
             f"{str(output)!r} ends in none of {', '.join(kinds)}.", param_hint="--output"
         )
-    history = read(file, columns, step, loss, norm, groups)
+    history = read(file, columns, step, loss, norm, rows, groups)
     said = history.advise(budget, optimizer, learning_rate) if advice else None
     if kind == "html":
         history.to_html(output, said, limits=limit)
@@ -169,6 +197,7 @@ def compare(
     step: Step = None,
     loss: Loss = None,
     norm: Norm = None,
+    rows: Rows = "leaf",
     groups: Groups = "leaf",
     json: Json = False,
 ) -> None:
@@ -182,39 +211,42 @@ def compare(
         policies = dict(_policies.policy(text) for text in policy or ())
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--policy") from error
-    history = read(file, columns, step, loss, norm, groups)
+    history = read(file, columns, step, loss, norm, rows, groups)
     replays = {name: history.replay(made) for name, made in policies.items()}
     for name, replay in replays.items():
         if history.names and not replay.names:
             raise ValueError(f"policy {name!r} is about no group among {_checks.listed(history.names)}.")
-    found = history.compare(replays) if replays else _weighed(history)
+    found = history.compare(replays) if replays else _weighed(file, history)
     if json:
-        as_json({"steps": found.steps, "ordinary": found.ordinary, "policies": found.rows})
+        own = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+        as_json({**own, "policies": own.pop("rows")})
     else:
         print_comparison(found)
 
 
-def _weighed(history: History) -> Comparison:
+def _weighed(file: Path, history: History) -> Comparison:
     """What `advise` weighs; an error that says why it weighs nothing."""
     said = history.advise()
     if said.comparison is not None:
         return said.comparison
-    few = "Too few recorded steps are ordinary to choose policies by. Record more."
-    why = said.reasons[0] if said.policy == "undecided" else few
-    raise typer.BadParameter(f"{why} Or pass policies.", param_hint="--policy")
+    why = "has too few ordinary steps to choose policies by."
+    if said.policy == "undecided":
+        why = f"is no file to choose policies by. {said.reasons[0]}"
+    raise ValueError(f"{str(file)!r} {why} Name some: -p global:1.0.")
 
 
 @app.command()
 @plainly
 def advise(
     file: File,
-    optimizer: Optimizer = "sgd",
+    optimizer: Optimizer = None,
     learning_rate: Rate = None,
     budget: Budget = 0.05,
     columns: Columns = None,
     step: Step = None,
     loss: Loss = None,
     norm: Norm = None,
+    rows: Rows = "leaf",
     groups: Groups = "leaf",
     json: Json = False,
 ) -> None:
@@ -222,7 +254,7 @@ def advise(
 
     `optaxclip advise run.npz --optimizer adam`
     """
-    history = read(file, columns, step, loss, norm, groups)
+    history = read(file, columns, step, loss, norm, rows, groups)
     said = history.advise(budget, optimizer, learning_rate)
     if json:
         as_json(

@@ -11,8 +11,9 @@ from optaxclip import groups, limits, norms, responses
 from optaxclip.history._expressed import literal
 
 FORMS = (
-    "none, global:LIMIT, layerwise:LIMIT, leafwise:LIMIT, depth:K:LIMIT, regex:PATTERN:LIMIT, zclip[:Z], "
-    "autoclip[:PERCENTILE], adagc[:SLACK], or a call such as oc.clip_by_global_norm(oc.limits.ema(2.0))"
+    "none, global:LIMIT, layerwise:LIMIT, leafwise:LIMIT, depth:K:LIMIT, regex:PATTERN:LIMIT, zclip[:Z] "
+    "(with its cap of 1), autoclip[:PERCENTILE] (of 100), adagc[:SLACK], or a call such as "
+    "oc.clip_by_global_norm(oc.limits.ema(2.0))"
 )
 MODULES = {"groups": groups, "limits": limits, "norms": norms, "responses": responses}
 LONGEST = 1000  # characters; no policy needs as many, and what is nested deeper exhausts the parser
@@ -22,6 +23,13 @@ def _number(text: str) -> float:
     value = float(text)
     if not value >= 0:
         raise ValueError(f"{text} is negative or NaN")
+    return value
+
+
+def _percentile(text: str) -> float:
+    value = _number(text)
+    if 0 < value < 1:
+        raise ValueError(f"percentiles are of 100: {100 * value:g} rather than {text}")
     return value
 
 
@@ -35,6 +43,13 @@ def _depth(levels: str, limit: str) -> Any:
     return optaxclip.clip_by_groupwise_norm(_number(limit), groups.depth(int(levels)))
 
 
+# What is behind the colons, where that is needed.
+NEEDED = {
+    **{kind: f"a limit: {kind}:1.0" for kind in ("global", "layerwise", "leafwise")},
+    "depth": "a number of keys and a limit: depth:1:0.5",
+    "regex": "a pattern and a limit: regex:embed:0.1",
+}
+
 # The maker and the numbers of arguments it takes.
 KINDS: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "none": (lambda: optaxclip.clip_by_global_norm(float("inf")), (0,)),
@@ -44,7 +59,7 @@ KINDS: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "depth": (_depth, (2,)),
     "regex": (_regex, (2,)),
     "zclip": (lambda z="2.5": optaxclip.zclip(z=_number(z)), (0, 1)),
-    "autoclip": (lambda percentile="10": optaxclip.autoclip(_number(percentile)), (0, 1)),
+    "autoclip": (lambda percentile="10": optaxclip.autoclip(_percentile(percentile)), (0, 1)),
     "adagc": (lambda slack="1.04": optaxclip.adagc(_number(slack)), (0, 1)),
 }
 
@@ -64,7 +79,7 @@ def policy(text: str) -> tuple[str, Any]:
     try:
         return name, _called(form) if "(" in form and not form.startswith("regex:") else _short(form)
     except (TypeError, ValueError, SyntaxError, RecursionError, re.error) as error:
-        raise ValueError(f"{text!r}: {error}. Pass {FORMS}.") from error
+        raise ValueError(f"{text!r}: {str(error).rstrip('.')}. Pass {FORMS}.") from error
 
 
 def _short(form: str) -> Any:
@@ -74,8 +89,11 @@ def _short(form: str) -> Any:
     make, counts = KINDS[kind]
     # A pattern may hold colons.
     arguments = rest[0].rsplit(":", max(counts) - 1) if rest and max(counts) else rest
-    if len(arguments) not in counts:
-        raise ValueError(f"{kind} takes {' or '.join(map(str, counts))} numbers or words behind colons")
+    if len(arguments) not in counts or not all(arguments):
+        needs = (
+            f"needs {NEEDED[kind]}" if kind in NEEDED else f"takes {'one number' if max(counts) else 'none'}"
+        )
+        raise ValueError(f"{kind} {needs}")
     return make(*arguments)
 
 

@@ -57,11 +57,18 @@ def _fail(message: str, code: int = 1) -> None:
 
 
 def read(
-    file: Path, columns: list[str] | None, step: str | None, loss: str | None, norm: str | None, groups: str
+    file: Path,
+    columns: list[str] | None,
+    step: str | None,
+    loss: str | None,
+    norm: str | None,
+    rows: str,
+    groups: str,
 ) -> History:
     """The recording in a file, of whichever kind."""
     grouping = _grouping(groups)
     given = {"columns": columns, "step": step, "loss": loss, "norm": norm}
+    given["rows"] = None if rows == "leaf" else rows
     options = {key: value for key, value in given.items() if value}
     if columns:
         names = [name for part in columns for name in part.split(",")]
@@ -160,3 +167,5 @@ def print_advice(said: Any) -> None:
     if said.comparison is not None:
         print()
         print_comparison(said.comparison)
+    elif said._end():
+        print(f"\n{said._end()}")

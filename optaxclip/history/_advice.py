@@ -70,6 +70,7 @@ class Advice:
     comparison: Comparison | None
     _made: optax.GradientTransformation = dataclasses.field(repr=False)
     _at_start: np.ndarray | None = dataclasses.field(default=None, repr=False)
+    _ordinary: int = dataclasses.field(default=0, repr=False)
 
     def replay(self, history: Any) -> Replay:
         """What the advice would have done to a recording.
@@ -122,8 +123,15 @@ class Advice:
             textwrap.fill(reason, 96, initial_indent="  - ", subsequent_indent="    ")
             for reason in self.reasons
         ]
-        text = "\n".join([head, *lines])
-        return text if self.comparison is None else f"{text}\n\n{self.comparison}"
+        end = self._end()
+        return "\n".join([head, *lines, *(["", end] if end else [])])
+
+    def _end(self) -> str:
+        """The comparison; or why there is none, where the reasons do not say it."""
+        if self.comparison is not None or self.policy == "undecided":
+            return "" if self.comparison is None else str(self.comparison)
+        steps = {0: "no step is", 1: "only 1 step is"}
+        return f"No comparison: {steps.get(self._ordinary, f'only {self._ordinary} steps are')} ordinary."
 
 
 def held(limits: Any) -> Any:

@@ -7,8 +7,9 @@ import numpy as np
 
 from optaxclip import _checks
 from optaxclip._base import Limit
-from optaxclip.history import _advice, _reasons
+from optaxclip.history import _advice, _reasons, _seen
 from optaxclip.history._advice import Advice, Chosen, PolicyName
+from optaxclip.history._compare import compare
 from optaxclip.history._evidence import Evidence, Rule, evidence
 from optaxclip.history._expressed import LAYER, LEAF, WHOLE, called, coarser, finest, only, plain
 from optaxclip.history._lengths import Lengths, lengths, norm
@@ -22,6 +23,7 @@ class Case(NamedTuple):
       history: the recording, of whole leaves or coarser.
       found: its evidence, row by row.
       lengths: of the steps; None where it is not known, or where steps do not go by the size of updates.
+      rate: the learning rate; None if it was not given.
       budget: the share of ordinary steps that clipping may touch.
       optimizer: what follows the clipping.
       rule: the constants.
@@ -30,27 +32,27 @@ class Case(NamedTuple):
     history: Any
     found: Evidence
     lengths: Lengths | None
+    rate: float | None
     budget: float
     optimizer: str
     rule: Rule
 
 
-def advise(history: Any, budget: float, optimizer: str, learning_rate: float | None, rule: Rule) -> Advice:
+def advise(
+    history: Any, budget: float, optimizer: str | None, learning_rate: float | None, rule: Rule
+) -> Advice:
     """Weighs a recording, and decides."""
-    where = "History.advise"
-    _checks.within(where, 0, 0.5, budget=budget)
-    _checks.one_of(where, ("sgd", "adam"), optimizer=optimizer)
-    if learning_rate is not None:
-        _checks.positive(where, learning_rate=learning_rate)
+    _check(budget, optimizer, learning_rate)
     history = plain(history)
     found = evidence(history, rule)
-    refusal = _reasons.undecided(history, found, rule)
+    refusal = _seen.undecided(history, found, rule)
     if refusal is not None:
         chosen = _advice.nothing()
         return Advice("undecided", None, None, None, chosen.code, (refusal,), None, chosen.transformation)
     steps = None if optimizer == "adam" else lengths(history, found, learning_rate, rule.step)
-    case = Case(history, found, steps, budget, optimizer, rule)
-    said = _reasons.seen(history, found, steps)
+    case = Case(history, found, steps, learning_rate, budget, optimizer or "sgd", rule)
+    taken = _seen.taken(history, optimizer, learning_rate, steps is not None)
+    said = [*taken, *_seen.seen(history, found, steps)]
     if optimizer == "adam":
         return _for_adam(case, said)
     if steps is not None:
@@ -63,6 +65,24 @@ def advise(history: Any, budget: float, optimizer: str, learning_rate: float | N
     if found.ended and found.ordinary.sum() < rule.least_steps:
         return _from_the_start(case, said)
     return _beyond_the_ordinary(case, said)
+
+
+def _check(budget: Any, optimizer: Any, learning_rate: Any) -> None:
+    """Raises unless `advise` can take them."""
+    where = "History.advise"
+    _checks.within(where, 0, 0.5, budget=budget)
+    if optimizer not in (None, "sgd", "adam"):
+        raise ValueError(
+            f"{where}: optimizer is {optimizer!r}. Pass one of 'sgd', 'adam': 'adam' is for AdamW, Lion, "
+            "Adafactor and all whose steps do not depend on the size of gradients; 'sgd' for momentum too."
+        )
+    if callable(learning_rate):
+        raise TypeError(
+            f"{where}: learning_rate is {learning_rate!r}, of type {type(learning_rate).__name__}. Pass a "
+            "number: of a schedule, its highest value."
+        )
+    if learning_rate is not None:
+        _checks.positive(where, learning_rate=learning_rate)
 
 
 def _for_adam(case: Case, said: list[str]) -> Advice:
@@ -93,7 +113,7 @@ def _too_long(case: Case, steps: Lengths, said: list[str]) -> Advice:
     at_start = _advice.held(limits).astype(np.float32)
     said = [*said, _reasons.all_too_long(case.found, steps, case.rule)]
     if len(limits) > case.rule.listed:
-        said.append(_reasons.in_proportion())
+        said.append(_reasons.in_proportion(_advice.rounded(float(steps.scale.min()))))
     return _advised(case, "layerwise", chosen, said, at_start=at_start)
 
 
@@ -144,7 +164,9 @@ def _from_the_start(case: Case, said: list[str]) -> Advice:
         of_weights = case.rule.of_weights * norm(start)
     held = 0 < of_weights < limit
     limit = _advice.rounded(of_weights if held else limit)
-    return _globally(case, limit, [*said, _reasons.from_the_start(limit, held)])
+    return _globally(
+        case, limit, [*said, _reasons.from_the_start(limit, held, start is not None and case.rate is None)]
+    )
 
 
 def _beyond_the_ordinary(case: Case, said: list[str]) -> Advice:
@@ -255,14 +277,17 @@ def _advised(
     within: tuple[float, float] | None = None,
     at_start: np.ndarray | None = None,
 ) -> Advice:
-    made = chosen.transformation
+    made, ordinary = chosen.transformation, int(case.found.ordinary.sum())
     advice = Advice(
-        policy, chosen.groups, chosen.limit, within, chosen.code, tuple(said), None, made, at_start
+        policy, chosen.groups, chosen.limit, within, chosen.code, tuple(said), None, made, at_start, ordinary
     )
-    if case.found.ordinary.sum() < case.rule.least_steps:
-        return advice
     beside = {} if policy == "none" else {f"advised: {policy}": advice.replay(case.history)}
-    comparison = case.history.compare(beside | _candidates(case))
+    for replay in beside.values() if case.optimizer == "sgd" else ():
+        # Before the last reason, which is why.
+        said = [*said[:-1], *_reasons.clips_most(replay.acted[case.found.kept], len(case.history)), said[-1]]
+    if ordinary < case.rule.least_steps:
+        return dataclasses.replace(advice, reasons=tuple(said))
+    comparison = compare(case.history, beside | _candidates(case), case.rule)
     if case.optimizer != "adam":
         said = [*said, *_reasons.beside_others(comparison, policy)]
     return dataclasses.replace(advice, reasons=tuple(said), comparison=comparison)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optaxclip.history._ordinary import spikes
+from optaxclip.history._evidence import Kinds, Rule, kinds
 from optaxclip.history._replay import Replay
 
 
@@ -55,7 +55,12 @@ class Comparison:
     Attributes:
       rows: what each would have done.
       steps: how many steps the recording has.
-      ordinary: how many of them are ordinary.
+      ordinary: how many of them are ordinary, as `advise` sees it.
+      spikes: how many are spikes.
+      settling: how many are first steps with norms above all that is ordinary later.
+      growing: how many are of the growth towards the end of a run that failed.
+      zero: how many are zero.
+      nonfinite: how many are not finite.
 
     >>> import optaxclip as oc
     >>> history = oc.History(["a", "b"], [[3.0, 4.0]] * 9 + [[3.0, 400.0]])
@@ -70,6 +75,22 @@ class Comparison:
     rows: tuple[Compared, ...]
     steps: int
     ordinary: int
+    spikes: int = 0
+    settling: int = 0
+    growing: int = 0
+    zero: int = 0
+    nonfinite: int = 0
+
+    def title(self) -> str:
+        """How many steps there are of each kind."""
+        others = {
+            "before norms settled": self.settling,
+            "growing towards the end": self.growing,
+            "zero": self.zero,
+            "not finite": self.nonfinite,
+        }
+        said = [f"{self.steps} steps", f"{self.spikes} of them spikes"]
+        return ", ".join([*said, *(f"{count} {kind}" for kind, count in others.items() if count)])
 
     def cells(self) -> list[list[str]]:
         """The table as text, its head first.
@@ -95,8 +116,7 @@ class Comparison:
             )
             for line in cells
         ]
-        spikes = self.steps - self.ordinary
-        return "\n".join([f"{self.steps} steps, {spikes} of them spikes", *lines])
+        return "\n".join([self.title(), *lines])
 
     def table(self) -> Any:
         """The same as a `rich.table.Table`.
@@ -110,7 +130,7 @@ class Comparison:
         from rich.table import Table
 
         head, *lines = self.cells()
-        table = Table(title=f"{self.steps} steps, {self.steps - self.ordinary} of them spikes")
+        table = Table(title=self.title())
         for k, name in enumerate(head):
             table.add_column(name, justify="right" if k else "left")
         for line in lines:
@@ -128,7 +148,7 @@ def _shown(key: str, value: float) -> str:
     return f"{value:.3g}"
 
 
-def compare(history: Any, policies: Mapping[str, Any] | Sequence[Any]) -> Comparison:
+def compare(history: Any, policies: Mapping[str, Any] | Sequence[Any], rule: Rule) -> Comparison:
     """Replays policies on a `History` and sums up what each would have done."""
     if isinstance(policies, Replay) or hasattr(policies, "_fields") or not isinstance(policies, Iterable):
         raise TypeError(
@@ -137,7 +157,7 @@ def compare(history: Any, policies: Mapping[str, Any] | Sequence[Any]) -> Compar
         )
     if not isinstance(policies, Mapping):
         policies = {f"policy {k + 1}": policy for k, policy in enumerate(policies)}
-    ordinary = ~spikes(history.whole[:, None]).spike[:, 0]
+    of_steps = kinds(history, rule)
     angles = history.norm in ("l2", "rms")
     rows = []
     for name, policy in policies.items():
@@ -147,15 +167,24 @@ def compare(history: Any, policies: Mapping[str, Any] | Sequence[Any]) -> Compar
                 f"History.compare: {name!r} replays {len(found.steps)} steps of {found.by_row.shape[1]} "
                 f"rows; this recording has {len(history)} of {len(history.names)}. Pass a replay of this one."
             )
-        rows.append(_summed_up(str(name), found, ordinary, angles))
-    return Comparison(tuple(rows), len(history), int(ordinary.sum()))
+        rows.append(_summed_up(str(name), found, of_steps, angles))
+    return Comparison(
+        tuple(rows),
+        len(history),
+        ordinary=int(of_steps.ordinary.sum()),
+        spikes=int(of_steps.spike.sum()),
+        settling=int(of_steps.settling.sum()),
+        growing=int(of_steps.growing.sum()),
+        zero=int(of_steps.zero.sum()),
+        nonfinite=int(of_steps.nonfinite.sum()),
+    )
 
 
-def _summed_up(name: str, found: Replay, ordinary: np.ndarray, angles: bool) -> Compared:
+def _summed_up(name: str, found: Replay, steps: Kinds, angles: bool) -> Compared:
     acted = found.acted
     finite = np.isfinite(found.norm_after)
     before, after = found.norm_before, found.norm_after
-    spike = ~ordinary & finite & np.isfinite(before)
+    spike = steps.spike & finite
     turned = found.cosine[acted & finite]
     turned = turned[~np.isnan(turned)]
     straight = 1.0 if angles and not (acted & finite).any() else np.nan
@@ -166,7 +195,7 @@ def _summed_up(name: str, found: Replay, ordinary: np.ndarray, angles: bool) -> 
     return Compared(
         name=name,
         clipped=_mean(acted),
-        touched=_mean(acted[ordinary]),
+        touched=_mean(acted[steps.ordinary]),
         largest_after=float(after[finite].max()) if finite.any() else np.nan,
         spike_cut=float(np.median(cut)) if len(cut) else np.nan,
         cosine_mean=float(turned.mean()) if len(turned) else straight,

@@ -128,17 +128,66 @@ class Evidence(NamedTuple):
             return float(np.exp(self.spread**2))
 
 
-def evidence(history: Any, rule: Rule) -> Evidence:
-    """Weighs a `History`, whose rows are the groups that advice is asked about."""
+class Kinds(NamedTuple):
+    """Which steps of a recording are of which kind, bool `(recorded,)`; every step is of one of them."""
+
+    ordinary: np.ndarray
+    spike: np.ndarray
+    settling: np.ndarray
+    growing: np.ndarray
+    zero: np.ndarray
+    nonfinite: np.ndarray
+
+
+def kinds(history: Any, rule: Rule) -> Kinds:
+    """The kinds of a recording's steps, by the norms of the whole."""
+    found, finite = _sorted(history, rule), np.isfinite(history.norms).all(axis=1)
+
+    def among_all(own: np.ndarray) -> np.ndarray:
+        marked = np.zeros(len(finite), bool)
+        marked[found.kept] = own
+        return marked
+
+    return Kinds(
+        ordinary=among_all(found.calm & ~found.spike & ~found.settling),
+        spike=among_all(found.spike),
+        settling=among_all(found.settling),
+        growing=among_all(~found.calm),
+        zero=finite & ~found.kept,
+        nonfinite=~finite,
+    )
+
+
+class _Sorted(NamedTuple):
+    """What `Evidence` says of steps, and how the norm of the whole scatters."""
+
+    kept: np.ndarray
+    ended: bool
+    whole: np.ndarray
+    settling: np.ndarray
+    calm: np.ndarray
+    spike: np.ndarray
+    growth: float
+    scatter: Spikes
+
+
+def _sorted(history: Any, rule: Rule) -> _Sorted:
     finite = np.isfinite(history.norms).all(axis=1)
     kept = finite & (history.norms > 0).any(axis=1)
     ended = len(finite) > 0 and not finite[-1]
-    norms, whole = history.norms[kept], history.whole[kept]
+    whole = history.whole[kept]
     calm, growth = _calm(whole, rule) if ended else (np.ones(len(whole), bool), 0.0)
-    of_groups, of_whole = _spikes(norms, rule), _spikes(whole[:, None], rule)
-    far = of_whole.spike[:, 0]
+    scatter = _spikes(whole[:, None], rule)
+    far = scatter.spike[:, 0]
     settling = np.cumprod(far).astype(bool) & calm
-    spike = far & calm & ~settling
+    return _Sorted(kept, ended, whole, settling, calm, far & calm & ~settling, growth, scatter)
+
+
+def evidence(history: Any, rule: Rule) -> Evidence:
+    """Weighs a `History`, whose rows are the groups that advice is asked about."""
+    kept, ended, whole, settling, calm, spike, growth, of_whole = _sorted(history, rule)
+    norms = history.norms[kept]
+    of_groups = _spikes(norms, rule)
     shares = _shares(norms, of_groups, spike)
     clipped_at, at_limit = _shared_maximum(whole, rule)
     return Evidence(
@@ -159,7 +208,7 @@ def evidence(history: Any, rule: Rule) -> Evidence:
         clipped_at=clipped_at,
         at_limit=at_limit,
         nonfinite=history.first_nonfinite(),
-        passed=_passed(history, finite),
+        passed=_passed(history, np.isfinite(history.norms).all(axis=1)),
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from optaxclip import groups as _groups
 from optaxclip._base import Groups
-from optaxclip.history._rows import Row
+from optaxclip.history._rows import UNKNOWN, Row
 
 
 class Grouping(NamedTuple):
@@ -61,12 +61,18 @@ def only(rows: Iterable[Row], rest: bool = True) -> Grouping:
     """The grouping of some rows; with `rest`, other leaves are left alone."""
     rules: dict[Any, Any] = {}
     for row in rows:
-        paths = dict.fromkeys("/".join(source.keys) for source in row.sources)
-        patterns = [f"^{re.escape(path)}$" for path in paths]
+        patterns = list(dict.fromkeys(_pattern(source.keys) for source in row.sources))
         rules[literal(called(row))] = patterns[0] if len(patterns) == 1 else patterns
     if rest:
         rules[None] = ".*"
     return Grouping(_groups.regex(rules), f"oc.groups.regex({rules!r})")
+
+
+def _pattern(keys: tuple[str, ...]) -> str:
+    """What matches the path of a leaf; of all leaves that hang off a layer where those are not known."""
+    if keys and keys[-1] in UNKNOWN:
+        return f"^{re.escape(''.join(f'{key}/' for key in keys[:-1]))}[^/]+$"
+    return f"^{re.escape('/'.join(keys))}$"
 
 
 def literal(name: str) -> str:

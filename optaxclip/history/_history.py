@@ -16,7 +16,7 @@ from optaxclip.history._compare import Comparison, compare
 from optaxclip.history._evidence import Rule
 from optaxclip.history._recording import FirstNonfinite, Run, Stretch, fields, first_nonfinite, of_state
 from optaxclip.history._replay import Replay, policy_like, replay
-from optaxclip.history._rows import Regrouped, Row, Source, name_of, put_together, regroup
+from optaxclip.history._rows import Regrouped, Row, name_of, named_rows, put_together, regroup
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,6 +77,7 @@ class History:
         start: Any = None,
         sizes: Any = None,
         norm: str = "l2",
+        rows: Literal["leaf", "layer"] = "leaf",
     ):
         """A recording from arrays.
 
@@ -89,16 +90,17 @@ class History:
           start: the norms of the parameters at the start, `(leaves,)`.
           sizes: how many entries each leaf has, `(leaves,)`.
           norm: which norm it is.
+          rows: what the names are of: `"leaf"`, or `"layer"` for norms by `groups.layer()`, which cannot be
+            divided into those of leaves.
 
         Raises:
           TypeError: if an array holds no numbers.
           ValueError: if shapes do not fit, a norm is negative, steps do not ascend or are too large, a name
             comes twice, or there is no such norm.
         """
-        keys = [tuple(name.split("/")) if isinstance(name, str) else tuple(name) for name in names]
-        rows = tuple(Row("/".join(own), (Source(own),)) for own in keys)
+        own = named_rows(names, rows)
         given = {"steps": steps, "loss": loss, "params": params, "start": start, "sizes": sizes}
-        self.__dict__.update(fields(rows, norms, norm, **given))
+        self.__dict__.update(fields(own, norms, norm, **given))
 
     @classmethod
     def _of(cls, rows: tuple[Row, ...], norms: Any, norm: str, **given: Any) -> "History":
@@ -154,11 +156,12 @@ class History:
         loss: str | None = None,
         step: str | None = None,
         norm: str = "l2",
+        rows: Literal["leaf", "layer"] = "leaf",
     ) -> "History":
         """The norms in dicts of `metrics`, one for each update, as a loop collects them.
 
-        A norm of the whole is left out, unless there is no other. Groups stay what they are: norms of layers
-        cannot be divided into those of leaves.
+        A norm of the whole is left out, unless there is no other. A name is taken for a leaf unless `rows`
+        says layer.
 
         Args:
           metrics: the dicts, with scalars of NumPy, JAX or Python.
@@ -168,6 +171,7 @@ class History:
           loss: the key of the loss, if they have one.
           step: the key of the number of the update; by default they count from 0.
           norm: which norm was measured.
+          rows: `"leaf"`, or `"layer"` if `metrics` was given `groups.layer()`.
 
         Raises:
           TypeError: if an entry is no dict or a value no scalar.
@@ -180,7 +184,7 @@ class History:
         ('a', 'b') [[3. 4.]]
         """
         head = separator.join((prefix, statistic, ""))
-        return cls(**_logs.from_metrics(metrics, head, loss, step, norm))
+        return cls(**_logs.from_metrics(metrics, head, loss, step, norm), rows=rows)
 
     @classmethod
     def from_csv(
@@ -191,6 +195,7 @@ class History:
         step: str | None = None,
         loss: str | None = None,
         norm: str = "l2",
+        rows: Literal["leaf", "layer"] = "leaf",
         delimiter: str | None = None,
     ) -> "History":
         r"""The norms in a CSV log of any framework.
@@ -203,8 +208,9 @@ class History:
         `*_total`, `global`, `whole`) are left out, unless there is nothing else.
 
         Names with dots and no slashes, as PyTorch's `layers.0.weight`, become paths, `layers/0/weight`, but
-        for those of `metrics`. Lines of the same step complete one another, since loggers write several;
-        steps without norms are left out. The file is read line by line; its cells may be empty, `nan`, `inf`.
+        for those of `metrics`. A name in a log is taken for a leaf unless `rows` says layer. Lines of the
+        same step complete one another, since loggers write several; steps without norms are left out. The
+        file is read line by line; its cells may be empty, `nan`, `inf`.
 
         Args:
           path: a file of UTF-8 text whose first line names the columns.
@@ -214,6 +220,7 @@ class History:
           loss: the column of the loss; by default `loss`, `train/loss` or `train_loss`. If a step has
             several, the last counts.
           norm: which norm was logged. `rms` needs sizes, which logs do not have.
+          rows: `"leaf"`, or `"layer"` for norms by `groups.layer()` or of modules.
           delimiter: what is between cells; by default the one of comma, semicolon, tab and `|` that makes
             most columns of the first line.
 
@@ -230,7 +237,8 @@ class History:
         >>> print(history.names, history.steps, history.whole)
         ('fc/weight', 'fc/bias') [10 20] [ 5. 10.]
         """
-        return cls(**_logs.from_csv(path, delimiter, columns=columns, step=step, loss=loss, norm=norm))
+        found = _logs.from_csv(path, delimiter, columns=columns, step=step, loss=loss, norm=norm)
+        return cls(**found, rows=rows)
 
     @classmethod
     def from_jsonl(
@@ -241,6 +249,7 @@ class History:
         step: str | None = None,
         loss: str | None = None,
         norm: str = "l2",
+        rows: Literal["leaf", "layer"] = "leaf",
     ) -> "History":
         r"""The norms in a log of one JSON object a line; all else as in `from_csv`, keys being columns.
 
@@ -252,7 +261,7 @@ class History:
         >>> print(oc.History.from_jsonl(path).norms.tolist())
         [[3.0], [nan]]
         """
-        return cls(**_logs.from_jsonl(path, columns=columns, step=step, loss=loss, norm=norm))
+        return cls(**_logs.from_jsonl(path, columns=columns, step=step, loss=loss, norm=norm), rows=rows)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes all of the recording to one file, of exactly this name; `load` reads it.
@@ -420,12 +429,12 @@ class History:
         >>> print([(row.name, round(row.spike_cut, 1), round(row.spread, 1)) for row in found.rows])
         [('global', 66.7, 1.0), ('leaf', 59.6, 66.7)]
         """
-        return compare(self, policies)
+        return compare(self, policies, _RULE)
 
     def advise(
         self,
         budget: float = 0.05,
-        optimizer: Literal["sgd", "adam"] = "sgd",
+        optimizer: Literal["sgd", "adam"] | None = None,
         learning_rate: float | None = None,
         *,
         rule: Rule = _RULE,
@@ -437,12 +446,14 @@ class History:
         Args:
           budget: which share of the ordinary norms of each group clipping may touch, from 0 to 0.5.
           optimizer: what follows the clipping: `"sgd"` for steps in proportion to the update, with or without
-            momentum, `"adam"` for those that do not depend on its size.
+            momentum, `"adam"` for those that do not depend on its size, as of AdamW, Lion and Adafactor.
+            Without it SGD is taken, and the reasons say so.
           learning_rate: the optimizer's; its peak, where it warms up. With it and SGD, the length of steps is
-            judged too.
+            judged too, if the norms of the parameters were recorded.
           rule: the constants of the rule.
 
         Raises:
+          TypeError: if the learning rate is no number.
           ValueError: if an argument is outside its range, or unknown.
 
         >>> import numpy as np, optaxclip as oc
@@ -489,7 +500,7 @@ class History:
           most: how many groups to show. Those with the largest shares and the largest norms are kept.
 
         Raises:
-          ImportError: without rich, which `pip install 'optaxclip[cli]'` brings.
+          ImportError: without rich: `pip install rich`.
 
         >>> import optaxclip as oc
         >>> table = oc.History(["a", "b"], [[3.0, 4.0]]).table()
@@ -515,7 +526,8 @@ class History:
           A figure that belongs to no window: `figure.savefig("norms.png")`; notebooks show it as it is.
 
         Raises:
-          ImportError: without Matplotlib, which `pip install 'optaxclip[plot]'` brings.
+          ImportError: without Matplotlib: `pip install matplotlib`.
+          TypeError: if a limit is no number.
           ValueError: if a limit is negative or NaN, or has another shape.
 
         >>> import pathlib, tempfile, optaxclip as oc
@@ -539,8 +551,9 @@ class History:
           limits: limits of the whole norm to draw, as in `plot`.
 
         Raises:
-          ImportError: without Matplotlib, which `pip install 'optaxclip[plot]'` brings.
+          ImportError: without Matplotlib: `pip install matplotlib`.
           OSError: if the file cannot be written.
+          TypeError: if a limit is no number.
           ValueError: if a limit is negative or NaN, or has another shape.
 
         >>> import pathlib, tempfile, optaxclip as oc

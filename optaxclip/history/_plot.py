@@ -7,7 +7,7 @@ import numpy as np
 
 from optaxclip.history import _panels
 from optaxclip.history._panels import Counted, Mark, Shown
-from optaxclip.history._tables import heading, number, printable
+from optaxclip.history._tables import heading, live, number, printable
 from optaxclip.history._thin import thin
 
 TAIL = 10  # updates that are drawn of a run after its end
@@ -52,7 +52,7 @@ def _figure(size: tuple[float, float]) -> "Figure":
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "History.plot: there is no matplotlib. Install it: pip install 'optaxclip[plot]'."
+            "History.plot: there is no matplotlib. Install it: pip install matplotlib."
         ) from error
     return Figure(figsize=size, dpi=110, layout="constrained")
 
@@ -72,10 +72,7 @@ def panels(history: Any, limits: Any, advice: Any) -> "list[Callable[[Axes], Non
 
 def _worth_drawing(history: Any) -> int:
     """How many updates to draw: of a run that went on after it was dead, little more than the live part."""
-    finite = np.flatnonzero(np.isfinite(history.whole))
-    if not len(finite):
-        return len(history)
-    end = int(finite[-1]) + 1
+    end = live(history)
     return min(len(history), end + max(TAIL, end // 10))
 
 
@@ -89,16 +86,23 @@ def given(limits: Any, updates: int) -> list[Mark]:
     """The limits that a caller wants to see."""
     if limits is None:
         return []
-    if not isinstance(limits, Mapping):
-        limits = limits if isinstance(limits, Sequence) else [limits]
-        limits = {f"limit {value:g}": value for value in limits}
-    found = []
-    for name, value in limits.items():
-        array = np.asarray(value, float)
+    found, asked = [], limits
+    try:
+        if not isinstance(limits, Mapping):
+            limits = limits if isinstance(limits, Sequence) and not isinstance(limits, str) else [limits]
+            limits = {f"limit {value:g}": value for value in limits}
+        arrays = {name: np.asarray(value, float) for name, value in limits.items()}
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"History.plot: limits is {asked!r}, of type {type(asked).__name__}. Pass numbers; to write a "
+            "file, history.plot().savefig('x.png')."
+        ) from error
+    for name, array in arrays.items():
         if array.shape not in ((), (updates,)) or (array < 0).any() or np.isnan(array).any():
             raise ValueError(
-                f"History.plot: limit {name!r} is {value!r}. Pass a number that is neither negative nor NaN, "
-                f"or one for each of {updates} updates, such as history.replay(oc.zclip()).limit[:, 0]."
+                f"History.plot: limit {name!r} is {limits[name]!r}. Pass a number that is neither negative "
+                f"nor NaN, or one for each of {updates} updates, as "
+                "history.replay(oc.zclip()).limit[:, 0] has."
             )
         found.append(Mark(str(name), array))
     return found

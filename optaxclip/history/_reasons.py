@@ -1,119 +1,29 @@
-"""The sentences of an advice, with the numbers that led to it."""
+"""Why an advice is what it is, in sentences with the numbers that led to it."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from optaxclip import _checks
 from optaxclip.history._compare import Comparison
 from optaxclip.history._evidence import Evidence, Rule
 from optaxclip.history._expressed import called
 from optaxclip.history._lengths import Lengths, norm
+from optaxclip.history._seen import WORTH_SAYING, count, percent, some
 
 # These change what is said, not what is advised.
-WORTH_SAYING = 2.0  # a factor; what changes by less is lost in the scatter of norms
+MOST = 0.5  # of the steps
 TURNED = 0.99  # the cosine of 8 degrees; a smaller angle is no reason against a policy
 
 
-def undecided(history: Any, found: Evidence, rule: Rule) -> str | None:
-    """Why nothing can be said; None if something can."""
-    if not len(found.whole):
-        return _nothing_known(history, found)
-    if not np.isnan(found.clipped_at):
-        return (
-            f"{_percent(found.at_limit)} of the steps share the largest norm, {found.clipped_at:.3g}: these "
-            "updates have been clipped or normalised already. Put record() before that, first in the chain."
-        )
-    if not found.ended and len(found.whole) < rule.least_steps:
-        return (
-            f"The recording has {_count(len(history), 'step', 'steps')}, {len(found.whole)} with a norm that "
-            f"is finite and not zero; below {rule.least_steps} nothing is known of how norms scatter. Record "
-            "more."
-        )
-    return None
-
-
-def _nothing_known(history: Any, found: Evidence) -> str:
-    if not len(history.names):
-        return (
-            "The recording has no groups. Record gradients: arrays of real or complex numbers, not integers."
-        )
-    if not len(history):
-        return "The recording is empty. Record some hundred steps, or until the run fails."
-    if np.isfinite(history.norms).all(axis=1).any():
-        return "All recorded norms are zero. Record gradients, before anything else acts on them."
-    first = found.nonfinite
-    where = "" if first is None else f" Step {first.step} is the first that is not, in {some(first.names)}."
-    todo = "Record the steps before that: with a larger capacity, or a shorter run."
-    if first is not None and first.step == 0:
-        todo = "No limit on norms mends that: look at the parameters, the data and the loss."
-    return f"No recorded step is finite.{where} {todo}"
-
-
-def seen(history: Any, found: Evidence, steps: Lengths | None) -> list[str]:
-    """What was seen."""
-    said, ordinary = [], found.whole[found.ordinary]
-    if len(ordinary):
-        low, high = np.quantile(ordinary, [0.05, 0.95])
-        norms = (
-            f"nine of ten have norms from {low:.3g} to {high:.3g}" if low < high else f"its norm is {low:.3g}"
-        )
-        said.append(
-            f"{len(ordinary)} of {_count(len(history), 'recorded step', 'recorded steps')} "
-            f"{'is' if len(ordinary) == 1 else 'are'} ordinary: {norms}."
-        )
-    if found.spike.any():
-        said.append(_spikes_seen(found))
-    said += _nonfinite_seen(found)
-    if not 1 / WORTH_SAYING < found.drift < WORTH_SAYING:
-        said.append(f"Within the recording the ordinary norm changed by a factor of {found.drift:.2g}.")
-    if steps is not None and len(ordinary):
-        said.append(
-            f"An ordinary step is {steps.whole:.2g} times as long as the weights at the start, whose norm is "
-            f"{norm(steps.weights):.3g}."
-        )
-    return said
-
-
-def _spikes_seen(found: Evidence) -> str:
-    number, largest = int(found.spike.sum()), found.whole[found.spike].max()
-    head = f"1 step is a spike, of {largest:.3g}." if number == 1 else ""
-    head = head or f"{number} steps are spikes, of up to {largest:.3g}."
-    if len(found.names) == 1:
-        return head
-    most = int(found.shares.argmax())
-    return (
-        f"{head} Of what is above the ordinary in {'it' if number == 1 else 'them'} "
-        f"{_percent(found.shares[most])} is in {found.names[most]!r}; in effect it is spread over "
-        f"{found.effective:.1f} of {len(found.names)} rows. In {'it' if number == 1 else 'a typical one'} "
-        f"{_percent(found.together)} of the rows are far above their own level."
-    )
-
-
-def _nonfinite_seen(found: Evidence) -> list[str]:
-    said, first = [], found.nonfinite
-    if first is not None:
-        deepest = first.deepest_finite
-        still = "" if deepest is None else f" The deepest row still finite in it is {deepest!r}."
-        said.append(f"Step {first.step} is the first that is not finite, in {some(first.names)}.{still}")
-    if found.passed:
-        said.append(
-            f"Training went on after {_count(found.passed, 'step', 'steps')} that "
-            f"{'was' if found.passed == 1 else 'were'} not finite. No limit on norms mends such steps: see "
-            "oc.skip_updates, and nonfinite='zero'."
-        )
-    if found.ended and found.growth > 0:
-        said.append(
-            f"Before the end norms grew for {_count((~found.calm).sum(), 'step', 'steps')}, by "
-            f"{found.growth:.2g} doublings each: clip before that."
-        )
-    elif found.ended:
-        said.append(
-            "Norms did not grow before the end. If what is not finite comes from elsewhere, such as the "
-            "derivative of a root at zero, clipping will not prevent it."
-        )
-    return said
+def clips_most(acted: np.ndarray, steps: int) -> list[str]:
+    """That clipping sets the length of steps, where it does; `acted` is of those that are finite."""
+    if not acted.mean() > MOST:
+        return []
+    which = "recorded steps" if len(acted) == steps else "finite steps"
+    return [
+        f"What is advised clips {percent(acted.mean())} of the {len(acted)} {which}: it sets how long steps "
+        "are, rather than holding a few; a lower learning rate does much the same."
+    ]
 
 
 def nothing_beyond(found: Evidence) -> str:
@@ -160,7 +70,11 @@ def culprits_too_long(steps: Lengths, culprits: np.ndarray) -> str:
     names = [called(steps.layers[k]) for k in np.flatnonzero(culprits)]
     rest = steps.each[~culprits]
     rest = rest[~np.isnan(rest)]
-    others = f", those of other layers {np.median(rest):.2g} times" if len(rest) else ""
+    others = ""
+    if len(rest) == 1:
+        others = f", those of the other layer {rest[0]:.2g}"
+    elif len(rest):
+        others = f", those of other layers {np.median(rest):.2g} in the middle and {rest.max():.2g} at most"
     return (
         f"Only {some(names)} {'is' if len(names) == 1 else 'are'} to blame: ordinary steps there are up to "
         f"{np.nanmax(steps.each[culprits]):.2g} times as long as the weights{others}. They are held to "
@@ -195,35 +109,43 @@ def all_too_long(found: Evidence, steps: Lengths, rule: Rule) -> str:
     )
 
 
-def in_proportion() -> str:
+def in_proportion(floor: float) -> str:
     """What limits relative to weights ask for."""
-    return "The limits are in proportion to each layer's weights: pass params to the optimizer's update."
+    return (
+        "The limits are in proportion to each layer's weights: pass params to the optimizer's update. No "
+        f"layer counts as less than {floor:g}, the least norm of a layer's weights at the start."
+    )
 
 
 def scattered(found: Evidence, limit: float, budget: float) -> str:
     """Why there is a limit without spikes."""
     return (
         f"Norms scatter so much that the root of their mean square is {found.swollen:.2g} times an ordinary "
-        f"one: a few steps do most of the way. {_percent(1 - budget)} of the norms stay below {limit:g}."
+        f"one: a few steps do most of the way. {percent(1 - budget)} of the norms stay below {limit:g}."
     )
 
 
 def few_ordinary(found: Evidence) -> str:
     """How much the limit is worth if it was read from few steps."""
-    number = _count(found.ordinary.sum(), "ordinary step", "ordinary steps")
+    number = count(found.ordinary.sum(), "ordinary step", "ordinary steps")
     return f"A limit read from {number} is a first guess: train with it, and record again."
 
 
-def from_the_start(limit: float, weights: bool) -> str:
-    """Where a limit comes from when there was no ordinary step."""
+def from_the_start(limit: float, weights: bool, lengths: bool) -> str:
+    """Where a limit comes from when there was no ordinary step; `lengths`: those of steps could be known."""
     source = (
         "a hundredth of the weights' norm, as in adaptive gradient clipping"
         if weights
         else "the median norm before they grew"
     )
+    todo = (
+        "Pass the learning rate for a limit that goes by the length of steps, or record"
+        if lengths
+        else "Record"
+    )
     return (
         f"The run ended before there were enough ordinary steps to read a limit from; {limit:g} is {source}. "
-        "Pass learning_rate= for a limit that goes by the length of steps, or record a run at a lower rate."
+        f"{todo} a run at a lower rate."
     )
 
 
@@ -232,7 +154,7 @@ def culprits_spike(names: Sequence[str], budget: float) -> str:
     one = len(names) == 1
     return (
         f"Only {some(names)} {'is' if one else 'are'} to blame: {'it is' if one else 'each is'} held to what "
-        f"{_percent(1 - budget)} of its ordinary norms stay below, and nothing else is."
+        f"{percent(1 - budget)} of its ordinary norms stay below, and nothing else is."
     )
 
 
@@ -244,7 +166,7 @@ def together(found: Evidence, limit: float | None, budget: float) -> str:
     if limit is None:
         return f"{why}; since norms drift, the limit follows them."
     return (
-        f"{why}, and clipping by it keeps the direction. {_percent(1 - budget)} of the ordinary norms stay "
+        f"{why}, and clipping by it keeps the direction. {percent(1 - budget)} of the ordinary norms stay "
         f"below {limit:g}."
     )
 
@@ -253,7 +175,7 @@ def one_by_one(rows: str, budget: float) -> str:
     """Why each group by itself."""
     return (
         f"{rows.capitalize()} spike one by one: a global limit would hold back all of them for one, so each "
-        f"is held to what {_percent(1 - budget)} of its own ordinary norms stay below."
+        f"is held to what {percent(1 - budget)} of its own ordinary norms stay below."
     )
 
 
@@ -272,16 +194,3 @@ def beside_others(comparison: Comparison, policy: str) -> list[str]:
     if policy in ("outliers", "layerwise", "leafwise") and row is not None and row.spike_cut > WORTH_SAYING:
         said.append(f"A global limit would have divided all layers by {row.spike_cut:.2g} in a spike.")
     return said
-
-
-def some(names: Sequence[str]) -> str:
-    """A few of some names."""
-    return _checks.listed(names, 3)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g}%"
-
-
-def _count(number: Any, one: str, many: str) -> str:
-    return f"{int(number)} {one if number == 1 else many}"

@@ -73,8 +73,9 @@ class FirstNonfinite:
       step: its number.
       names: the rows that were not finite in it, in order.
       entries: how many of their entries were not; None if that was not recorded.
-      deepest_finite: where some rows are finite, the one next to the first that is not: as gradients are
-        computed from the last layer to the first, it is the last that was still right. None if none was.
+      deepest_finite: where some rows are finite, the one next to those that are not, in the order of rows.
+        Where that is the order of layers, it is the last that was still right, as gradients are computed from
+        the last layer to the first. None if none was finite.
     """
 
     step: int

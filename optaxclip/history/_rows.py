@@ -11,6 +11,10 @@ from jaxtyping import Bool, Float, Int
 from optaxclip import _checks, _paths, norms as _norms
 from optaxclip._base import Groups, Leaf, Member, Norm, PyTree, Table
 from optaxclip._partition import named_leaves, partition, row_names, row_shapes
+from optaxclip.groups import ROOT
+
+# The leaves of a layer of which only the name is known: two, so that no grouping takes the layer for a leaf.
+UNKNOWN = "(one leaf)", "(another leaf)"
 
 
 class Source(NamedTuple):
@@ -70,6 +74,19 @@ class _Shapeless:
         )
 
     dtype = shape
+
+
+def named_rows(names: Sequence[str | Sequence[str]], kind: str) -> tuple[Row, ...]:
+    """The rows of leaves, or of layers, of which only the paths are known."""
+    _checks.one_of("History", ("leaf", "layer"), rows=kind)
+    found = []
+    for name in names:
+        keys = tuple(name.split("/")) if isinstance(name, str) else tuple(name)
+        called = "/".join(keys)
+        above = () if called == ROOT else keys
+        paths = [keys] if kind == "leaf" else [(*above, leaf) for leaf in UNKNOWN]
+        found.append(Row(called, tuple(map(Source, paths))))
+    return tuple(found)
 
 
 def rows_of(groups: Groups, tree: PyTree) -> tuple[tuple[Row, ...], Table]:
@@ -149,6 +166,11 @@ def _place(row: Row, of: dict[Source, Member | None]) -> tuple[str, Member | Non
         at = [row.at[source.axes.index(axis)] for axis in member.rows]
         name = f"{member.group}[{','.join(map(str, at))}]" if at else member.group
         found.setdefault((name, member._replace(rows=())), source)
+    if len(found) > 1 and row.sources[0].keys[-1:] in [(leaf,) for leaf in UNKNOWN]:
+        raise ValueError(
+            f"History: these groups divide row {row.name!r}, a layer whose leaves were not logged. Pass "
+            "groups.layer() or coarser groups."
+        )
     if len(found) > 1:
         groups = ", ".join(f"{'/'.join(s.keys)!r} to {name or None!r}" for (name, _), s in found.items())
         raise ValueError(

@@ -65,13 +65,24 @@ def shares(history: Any) -> Float[np.ndarray, "steps rows"]:
         return part if largest else part / part.sum(axis=1, keepdims=True)
 
 
+def live(history: Any) -> int:
+    """How many updates there are up to the last that is finite; all, if none is.
+
+    After it there may be zeros, of units that pass no gradient on where they met a NaN.
+    """
+    finite = np.flatnonzero(np.isfinite(history.whole))
+    return int(finite[-1]) + 1 if len(finite) else len(history)
+
+
 def lines(history: Any, most: int | None = None) -> Lines:
     """The statistics of the groups, or of the `most` foremost ones, and of the whole."""
     steps, run, of_whole = history.steps, history.run, shares(history)
     sizes = np.full(len(history.names), np.nan) if history.sizes is None else history.sizes
-    found = []
+    found, alive = [], live(history)
     for k, name in enumerate(history.names):
-        line = _line(name, sizes[k], history.norms[:, k], steps, of_whole[:, k])
+        norms = history.norms[:, k]
+        line = _line(name, sizes[k], norms[:alive], steps, of_whole[:, k])
+        line = line._replace(nonfinite=int((~np.isfinite(norms)).sum()))
         if run is not None:
             largest = run.largest[k] if run.largest_step[k] >= 0 else np.nan
             line = line._replace(
@@ -165,6 +176,11 @@ def notes(history: Any, found: Lines) -> list[str]:
     else:
         what = "squared norm" if power.degree == 2 else "norm" if power.degree == 1 else "norm's power"
         said.append(f"Share: the median of what the {what} is of the whole's.")
+    alive = live(history)
+    if alive < len(history):
+        said.append(
+            f"Norms and shares are of the updates up to {history.steps[alive - 1]:,}, the last finite one."
+        )
     if history.run is not None and history.run.updates > len(history):
         said.append(
             f"Of groups, the largest norm and what is not finite are of all {history.run.updates:,} updates."
@@ -179,9 +195,7 @@ def table(history: Any, most: int = 20, width: int | None = None) -> "Table":
         from rich.table import Table
         from rich.text import Text
     except ImportError as error:
-        raise ImportError(
-            "History.table: there is no rich. Install it: pip install 'optaxclip[cli]'."
-        ) from error
+        raise ImportError("History.table: there is no rich. Install it: pip install rich.") from error
     found = lines(history, most)
     rows = [*found.groups, found.whole]
     columns, name = _fitting(rows, width)
@@ -236,9 +250,14 @@ def text(history: Any) -> str:
             f"  norm of the whole: median {number(whole.median)}, 99 % below {number(whole.p99)}, largest "
             f"{number(whole.largest)} at update {whole.largest_step:,}"
         )
-    loss = None if history.loss is None else history.loss[np.isfinite(history.loss)]
-    if loss is not None and len(loss):
-        said.append(f"  loss: {loss[0]:.4g} at first, {loss[-1]:.4g} at last, {loss.min():.4g} at best")
+    loss = np.zeros(0) if history.loss is None else history.loss
+    finite = np.flatnonzero(np.isfinite(loss))
+    if len(finite):
+        loss, last = loss[finite], finite[-1]
+        when = (
+            "at last" if last == len(history) - 1 else f"at update {history.steps[last]:,}, the last finite"
+        )
+        said.append(f"  loss: {loss[0]:.4g} at first, {loss[-1]:.4g} {when}, {loss.min():.4g} at best")
     return "\n".join([*said, f"  not finite: {_nonfinite(history, whole.nonfinite)}"])
 
 
