@@ -83,7 +83,8 @@ class Packaged:
     def __init__(self, package: str, grads: Gradients, grows: bool):
         import torch  # pyright: ignore[reportMissingImports]
 
-        self.grads, self.grows = grads, grows
+        # `QuantileClip` multiplies in any case, by a little less than 1 if nothing is above its quantile.
+        self.grads, self.grows = grads, grows or package == "autoclip"
         if package == "zclip":
             from zclip import ZClip  # pyright: ignore[reportMissingImports]
 
