@@ -70,7 +70,7 @@ def _recorded_clip(tree: Tree) -> optax.GradientTransformation:
 
 
 def _reported(tree: Tree) -> optax.GradientTransformation:
-    """A recording and global clipping, and all that `oc.metrics` makes of both, which stays in the state."""
+    """A recording, global clipping, and what `oc.metrics` makes of it, which is in the state to be logged."""
     clip = _recorded_clip(tree)
 
     def init(params) -> Any:

@@ -27,7 +27,7 @@ MODELS = {
     "gpt2_like": char_model.Shape(width=256, layers=4, context=64, batch=8, vocabulary=50_257),
 }
 LARGE = 1_000  # leaves; from here on Optax takes long to compile, and once is enough
-TRAINED = ("none", "optax_global", "global", "layerwise", "leafwise", "zclip", "record")
+TRAINED = ("none", "optax_global", "global", "layerwise", "leafwise", "zclip", "record", "metrics")
 
 
 class Plan(NamedTuple):
