@@ -106,6 +106,7 @@ def main(
     Options that take several names take them with commas between. Of what several files of `--merge` have,
     the last one's numbers stay.
     """
+    environment.shorten_spins()
     console = Console()
     if merge:
         runs = [run for name in merge.split(",") for run in _read(Path(name.strip()))]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 
+SPINS = "GOMP_SPINCOUNT"
 COMMIT = "COMMIT"  # the environment variable that has the commit of a copy that is no repository
 
 
@@ -29,6 +30,14 @@ def describe() -> dict[str, str | int]:
         "date": time.strftime("%Y-%m-%d"),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
+
+
+def shorten_spins() -> None:
+    """Lets threads of C and PyTorch that wait sleep soon; before either is loaded, unless told otherwise.
+
+    By default they spin for milliseconds, on a core that what is measured next needs.
+    """
+    os.environ.setdefault(SPINS, "1000")
 
 
 def commit() -> str:

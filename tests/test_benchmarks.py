@@ -182,6 +182,16 @@ def test_a_run_says_which_commit_and_command_it_is_of(monkeypatch):
     assert environment.commit() == "def, changed"
 
 
+def test_waiting_threads_spin_as_long_as_one_says(monkeypatch):
+    """A short time, unless the variable is set already."""
+    for given, wanted in ((None, "1000"), ("7", "7")):
+        monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+        if given is not None:
+            monkeypatch.setenv("GOMP_SPINCOUNT", given)
+        environment.shorten_spins()
+        assert environment.os.environ["GOMP_SPINCOUNT"] == wanted
+
+
 def test_elsewhere_than_on_the_cpu_the_limit_is_a_copy(monkeypatch):
     """Both the clip and the step are held against an array of as many bytes; so are ours, in GB/s."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
