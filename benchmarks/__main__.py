@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import environment, figure as figures, methods, references, report, suites, trees
+from benchmarks import environment, figure as figures, files, methods, references, report, suites, trees
+from benchmarks.files import Run
 from benchmarks.results import Row
 
 app = typer.Typer(add_completion=False)
@@ -93,14 +94,24 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each program.")] = 15,
     compile_rounds: Annotated[int, typer.Option(min=1, help="Compilations of each program.")] = 3,
     quick: Annotated[bool, typer.Option("--quick", help="3 rounds of short measurements.")] = False,
+    merge: Annotated[str, typer.Option(help="Measure nothing: put these JSON files together.")] = "",
     json: Annotated[Path | None, typer.Option(help="Write everything to this file.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write the tables to this file.")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the tables to this file, one block for each device.")
+    ] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw the ratios into this file.")] = None,
 ) -> None:
     """Measures optaxclip beside Optax, PyTorch and C: time, compile time, memory and kernels, as ratios.
 
-    Options that take several names take them with commas between.
+    Options that take several names take them with commas between. Of what several files of `--merge` have,
+    the last one's numbers stay.
     """
+    environment.shorten_spins()
+    console = Console()
+    if merge:
+        runs = [run for name in merge.split(",") for run in _read(Path(name.strip()))]
+        _publish(runs, console, json, markdown, figure)
+        return
     if quick:
         rounds, compile_rounds = min(rounds, 3), 1
     plan = suites.Plan(
@@ -118,20 +129,42 @@ def main(
     # The load is taken before this run adds to it.
     where = environment.describe() | references.versions()
     where |= {"rounds": rounds, "left out": ", ".join(left_out) or "nothing"}
-    console = Console()
 
     def save(rows: list[Row]) -> None:  # after each tree, since the whole takes long
         if json is not None:
-            report.write_json(json, rows, where)
+            files.write_json(json, [Run(where, rows)])
 
     rows = _measured(tree_names, dtypes, plan, console, save)
-    console.print(report.sentence(where))
-    for table in report.tables(rows):
-        console.print(table)
-    if markdown is not None:
-        report.write_markdown(markdown, report.markdown(rows, where))
-    if figure is not None:
-        figures.draw(rows, where).savefig(figure)
+    _publish([Run(where, rows)], console, json, markdown, figure)
+
+
+def _read(path: Path) -> list[Run]:
+    if not path.is_file():
+        raise typer.BadParameter(f"there is no file {str(path)!r}.", param_hint="--merge")
+    return files.read_json(path)
+
+
+def _publish(
+    runs: list[Run], console: Console, json: Path | None, markdown: Path | None, figure: Path | None
+) -> None:
+    """Shows the runs, device by device, and writes them to those files that are asked for."""
+    devices = files.by_device(runs)
+    if figure is not None and len(devices) > 1:
+        raise typer.BadParameter(
+            f"a figure is of one device, not of {', '.join(devices)}.", param_hint="--figure"
+        )
+    for device, own in devices.items():
+        for run in own:
+            console.print(report.sentence(run.environment))
+        rows = [row for run in own for row in run.rows]
+        for table in report.tables(rows):
+            console.print(table)
+        if markdown is not None:
+            report.write_markdown(markdown, report.markdown(own), device)
+        if figure is not None:
+            figures.draw(rows, own[-1].environment).savefig(figure)
+    if json is not None:
+        files.write_json(json, [run for own in devices.values() for run in own])
 
 
 if __name__ == "__main__":

@@ -1,16 +1,22 @@
-"""What the numbers depend on: the device and the versions."""
+"""What the numbers depend on: the device, the versions, the commit and the command."""
 
 import importlib.metadata
 import os
 import platform
+import shlex
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import jax
 
+SPINS = "GOMP_SPINCOUNT"
+COMMIT = "COMMIT"  # the environment variable that has the commit of a copy that is no repository
+
 
 def describe() -> dict[str, str | int]:
-    """Device, cores, how busy they are, versions and date."""
+    """Device, cores, how busy they are, versions, commit, date and command."""
     device = jax.devices()[0]
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax", "optaxclip")}
     return {
@@ -20,8 +26,37 @@ def describe() -> dict[str, str | int]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **versions,
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
+
+
+def shorten_spins() -> None:
+    """Lets threads of C and PyTorch that wait sleep soon; before either is loaded, unless told otherwise.
+
+    By default they spin for milliseconds, on a core that what is measured next needs.
+    """
+    os.environ.setdefault(SPINS, "1000")
+
+
+def commit() -> str:
+    """The commit that is checked out, and whether code differs from it."""
+    found = _git("rev-parse", "--short=12", "HEAD")
+    changed = _git("status", "--porcelain", "-uno", "--", ":/optaxclip", "*.py", "*.c")
+    if not found:
+        return os.environ.get(COMMIT, "unknown")
+    return f"{found}, changed" if changed else found
+
+
+def _git(*words: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return ""
+    return done.stdout.strip() if not done.returncode else ""
 
 
 def cores() -> int:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from benchmarks import report
+from benchmarks import report, results
 from benchmarks.report import Section
 from benchmarks.results import Row
 
@@ -20,7 +20,7 @@ TITLES = {
 COLOURS = {"float32": "#0072b2", "bfloat16": "#d55e00", "mixed": "#009e73"}
 NAMES = {"float32": "float32", "bfloat16": "bfloat16", "mixed": "bfloat16 gradients, float32 parameters"}
 OTHERS = ("optax", "torch")
-LIMITS = ("c_loop", "copy", "identity")
+LIMITS = ("c_loop", "copy", "identity", "torch_none")
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 WIDTH = 1200  # pixels, of a figure with all trees
 WIDE = 7  # inches, with room for the legend in one line
@@ -32,7 +32,9 @@ def draw(rows: Sequence[Row], environment: Mapping[str, Any]) -> Figure:
 
     Filled dots are of gradients that are clipped, hollow ones of gradients that need nothing.
     """
-    found = {suite: [part for part in report.sections(suite, rows) if part.baseline] for suite in TITLES}
+    found = {
+        suite: [part for part in report.sections(suite, rows) if _shown(suite, part)] for suite in TITLES
+    }
     found = {suite: parts for suite, parts in found.items() if parts}
     trees = list(dict.fromkeys(part.head[0] for parts in found.values() for part in parts))
     lines = {suite: _names(parts) for suite, parts in found.items()}
@@ -55,6 +57,12 @@ def draw(rows: Sequence[Row], environment: Mapping[str, Any]) -> Figure:
     _legend(figure, {part.head[1] for parts in found.values() for part in parts})
     figure.suptitle(_place(environment), fontsize=8)
     return figure
+
+
+def _shown(suite: str, part: Section) -> bool:
+    """Whether a section is of ratios over what all in its panel are over."""
+    beside = suite == "step" and part.baseline in results.BESIDE
+    return part.baseline is not None and not beside
 
 
 def _names(parts: Sequence[Section]) -> list[str]:

@@ -10,6 +10,7 @@ Path = tuple[int, ...]  # where in a tuple an array is; () where there is no tup
 CONTROL = ("while", "conditional", "call")  # run other computations
 NAMES = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier")
 FREE = frozenset((*CONTROL, *NAMES, "after-all", "partition-id", "replica-id"))  # launch no kernel
+LATER = ("-update", "-done")  # what an asynchronous operation is waited for by
 SAME = ("bitcast", "opt-barrier")  # hand their operand on as it is
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
@@ -126,12 +127,16 @@ def running(module: Module) -> Iterator[tuple[Instruction, str]]:
 
 
 def launches(module: Module, computation: str | None = None) -> int:
-    """How many kernels run in an ordinary call: each loop once, and of a conditional the longest branch."""
+    """How many instructions run as kernels of their own in an ordinary call.
+
+    Each loop counts once, of a conditional the longest branch, and of what is asynchronous the start. What a
+    backend makes of an instruction, one launch or several, its text does not say.
+    """
     count = 0
     for one in module.computations[computation or module.entry].instructions.values():
         inner = [launches(module, name) for name in _called(one)] if one.opcode in CONTROL else [0]
         count += max(inner) if one.opcode == "conditional" else sum(inner)
-        count += one.opcode not in FREE
+        count += one.opcode not in FREE and not one.opcode.endswith(LATER)
     return count
 
 

@@ -1,7 +1,7 @@
 """The methods that are compared, and what each of them is compared with."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import optax
 
@@ -69,7 +69,22 @@ def _recorded_clip(tree: Tree) -> optax.GradientTransformation:
     return optax.chain(oc.record(), oc.clip_by_global_norm(LIMIT))
 
 
-OTHERS = ("optax_global", "torch_global")
+def _reported(tree: Tree) -> optax.GradientTransformation:
+    """A recording, global clipping, and what `oc.metrics` makes of it, which is in the state to be logged."""
+    clip = _recorded_clip(tree)
+
+    def init(params) -> Any:
+        state = clip.init(params)
+        return state, oc.metrics(state)
+
+    def update(updates, state, params=None) -> tuple[Any, Any]:
+        updates, own = clip.update(updates, state[0], params)
+        return updates, (own, oc.metrics(own))
+
+    return optax.GradientTransformation(init, update)
+
+
+OTHERS = ("optax_global", "torch_foreach", "torch_loop")
 BOTH = ("global", "optax_global")
 ALL = {
     method.name: method
@@ -84,11 +99,12 @@ ALL = {
         Method("optax_partition", _partition),
         Method("adaptive", _adaptive, ("global", "optax_adaptive"), needs_params=True),
         Method("optax_adaptive", lambda tree: optax.adaptive_grad_clip(RATIO), needs_params=True),
-        Method("autoclip", lambda tree: oc.autoclip(), ("global",)),
-        Method("zclip", lambda tree: oc.zclip(), ("global",)),
+        Method("autoclip", lambda tree: oc.autoclip(), ("global", "torch_autoclip")),
+        Method("zclip", lambda tree: oc.zclip(), ("global", "torch_zclip")),
         Method("adagc", lambda tree: oc.adagc(groups=_each(tree, oc.groups.leaf())), ("global",)),
         Method("record", lambda tree: oc.record(), ("global",), clips=False),
         Method("record_clip", _recorded_clip, ("global",)),
+        Method("metrics", _reported, ("global",)),
     )
 }
 

@@ -12,7 +12,7 @@ from benchmarks.methods import Method
 from benchmarks.trees import Tree
 
 ADAMW = optax.adamw(1e-3)
-FACTOR = 1 - 2.0**-8  # of `scaled`: the nearest to 1 that bfloat16 has, so that entries stay ordinary numbers
+FACTOR = 1 - 2.0**-8  # the nearest to 1 that bfloat16 has, so that entries stay ordinary numbers
 
 
 class Program(NamedTuple):
@@ -89,11 +89,29 @@ def identity(tree: Tree, dtype: str) -> Program:
     return Program(jax.jit(lambda grads: grads, donate_argnums=0), (trees.specs(tree, trees.GRADS[dtype]),))
 
 
-def scaled(tree: Tree, dtype: str) -> Program:
-    """`array -> array`, donated: one read and one write of one array as large as the tree."""
-    array = jax.ShapeDtypeStruct((tree.entries,), trees.GRADS[dtype])
-    factor = array.dtype.type(FACTOR)
-    return Program(jax.jit(lambda array: array * factor, donate_argnums=0), (array,))
+def scaled_leaves(tree: Tree, dtype: str) -> Program:
+    """`grads -> grads`, donated: each leaf times a number, the least that a clip can be."""
+
+    def run(grads):
+        return jax.tree.map(lambda leaf: leaf * leaf.dtype.type(FACTOR), grads)
+
+    return Program(jax.jit(run, donate_argnums=0), (trees.specs(tree, trees.GRADS[dtype]),))
+
+
+def copied(suite: str, tree: Tree, dtype: str) -> Program:
+    """`array -> array`, donated: read and written once, as large as the suite's programs must move bytes."""
+    array = jax.ShapeDtypeStruct((moved_bytes(suite, tree, dtype) // 8,), "float32")
+    return Program(jax.jit(lambda array: array * array.dtype.type(FACTOR), donate_argnums=0), (array,))
+
+
+def moved_bytes(suite: str, tree: Tree, dtype: str) -> int:
+    """What a clip, or a clipped step of AdamW, must read and write.
+
+    Gradients are read for their norm, and again to be scaled; they are written back, or parameters and both
+    moments read and written.
+    """
+    grads, params = tree.nbytes(dtype), tree.entries * jax.numpy.dtype(trees.PARAMS[dtype]).itemsize
+    return 3 * grads if suite == "alone" else 2 * grads + 6 * params
 
 
 def temporary_bytes(compiled: Any) -> int:

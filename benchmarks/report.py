@@ -1,7 +1,6 @@
-"""Results as tables for the terminal, as Markdown and as JSON."""
+"""Results as tables for the terminal and as Markdown."""
 
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,21 +8,22 @@ from typing import Any, NamedTuple
 from rich import box
 from rich.table import Table
 
-from benchmarks import methods, references, results, targets, trees
+from benchmarks import methods, programs, references, results, targets, trees, variants
+from benchmarks.files import Run
 from benchmarks.results import Row
-from benchmarks.timing import Spread
 
-START, END = "<!-- results -->", "<!-- end of results -->"
+START, END = "<!-- results{} -->", "<!-- end of results{} -->"
 TITLES = {
     "step": "A training step with AdamW, over the same without clipping",
     "alone": "The clip alone",
     "compile": "Tracing and compiling the clip, over Optax's global clipping",
     "memory": "Peak temporary memory, over the bytes of the gradients",
-    "launches": "Kernels",
+    "launches": "Kernels, counted as instructions of the compiled program",
+    "ablations": "With one thing left out or done in another way, over the library as it is",
     "train": "A whole training step of a transformer, over the same without clipping",
 }
 COLOURS = {"met": "green", "missed": "red", "unclear": "yellow"}
-COLUMNS = (*methods.ALL, *references.NAMES)
+COLUMNS = (*methods.ALL, *variants.ALL, *references.NAMES)
 TINY_LEAVES = 10_000  # entries to a leaf; below, calling a program with so many leaves is the limit
 
 
@@ -44,7 +44,7 @@ class Section(NamedTuple):
 
 
 def sections(suite: str, rows: Sequence[Row]) -> Iterator[Section]:
-    """The sections of a suite, in the order in which they were measured."""
+    """The sections of a suite, in the order in which they were measured: one for each baseline shown."""
     own = [row for row in rows if row.suite == suite]
     for head, some in itertools.groupby(own, lambda row: (row.tree, row.dtype, row.case)):
         section = list(some)
@@ -52,8 +52,15 @@ def sections(suite: str, rows: Sequence[Row]) -> Iterator[Section]:
         known = [name for name in results.BASELINES.get(suite, ()) if name in values]
         if "identity" in known and _tiny(head[0]):
             known = ["identity"]
+        if all(row.against is None for row in section):
+            known = []  # what needs no clock
         baseline = known[0] if known else None
         yield Section(head, baseline, values, {row.method: row for row in section if row.against == baseline})
+        for other in known[1:]:
+            if other in results.BESIDE:
+                alike = [row for row in section if row.against == other]
+                beside = {row.method: row for row in alike if row.method.startswith(results.BESIDE[other])}
+                yield Section(head, other, {name: values[name] for name in (other, *beside)}, beside)
 
 
 def _tiny(tree: str) -> bool:
@@ -66,9 +73,24 @@ def cell(row: Row | None) -> str:
         return ""
     if row.ratio is not None:
         return f"{row.ratio.median:.2f} ({row.ratio.low:.2f}–{row.ratio.high:.2f})"
-    if row.suite == "memory":
+    if row.suite == "memory" or row.case.startswith("memory"):
         return f"{row.value:.3f}"
     return f"{row.value:,.0f}" if row.suite == "launches" else time(row.value)
+
+
+def _timed(section: Section) -> bool:
+    return not section.head[2].startswith("memory")
+
+
+def _over(suite: str, section: Section) -> str:
+    """The baseline, what it took, and if it is a copy, the bytes that it moved in a second."""
+    tree, dtype, _ = section.head
+    name = section.baseline or ""
+    text = f"{name}, {time(section.values[name])}"
+    if name != "copy" or tree not in trees.ALL:
+        return text
+    rate = programs.moved_bytes(suite, trees.ALL[tree], dtype) / section.values[name]
+    return f"{text}, {rate / 1e9:,.3g} GB/s"
 
 
 def time(seconds: float) -> str:
@@ -82,11 +104,11 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     for suite in _suites(rows):
         table = _table(TITLES[suite], "", "", "", "target")
         for section in sections(suite, rows):
-            over = f"over {section.baseline}" if section.baseline else ""
+            over = f"over {_over(suite, section)}" if section.baseline else ""
             table.add_row(", ".join(section.head), "", over, style="bold")
             for name, value in section.values.items():
                 row = section.rows.get(name)
-                if suite not in results.BASELINES:
+                if suite not in results.BASELINES or not _timed(section):
                     numbers = cell(row), ""
                 else:
                     numbers = time(value), cell(row) if section.baseline else ""
@@ -134,22 +156,31 @@ def sentence(environment: Mapping[str, Any]) -> str:
     return "; ".join(f"{name}: {value}" for name, value in environment.items()) + "."
 
 
-def markdown(rows: Sequence[Row], environment: Mapping[str, Any]) -> str:
-    """The environment, the targets, and a table for each suite: trees and cases down, methods across."""
-    parts = [sentence(environment)]
+def markdown(runs: Sequence[Run]) -> str:
+    """How each run of a device was made, the targets, and a table for each suite.
+
+    Trees and cases go down, methods across. Of several runs each line of a table says from which it is.
+    """
+    several = len(runs) > 1
+    parts = [f"### {runs[0].environment['device']}"]
+    parts += [f"Run {k}: " * several + sentence(run.environment) for k, run in enumerate(runs, 1)]
+    rows = [row for run in runs for row in run.rows]
+    of_run = {head: k for k, run in enumerate(runs, 1) for head in run.heads()}
     lines = [["work", *REACHED], ["---"] * 5, *map(list, reaching(rows))]
     if len(lines) > 2:
-        parts += ["### Targets", _pipes(lines)]
+        parts += ["#### Targets", _pipes(lines)]
     for suite in _suites(rows):
         shown = [part for part in sections(suite, rows) if part.head[2] not in ("trace", "compile")]
         names = [name for name in COLUMNS if any(name in part.rows for part in shown)]
         timed = suite in results.BASELINES
-        lines = [["tree", "dtype", "case", *["over"] * timed, *names]]
-        lines += [["---"] * (3 + timed) + ["---:"] * len(names)]
+        lines = [["tree", "dtype", "case", *["run"] * several, *["over"] * timed, *names]]
+        lines += [["---"] * (3 + several + timed) + ["---:"] * len(names)]
         for part in shown:
-            over = f"{part.baseline}, {time(part.values[part.baseline])}" if part.baseline else ""
-            lines.append([*part.head, *[over] * timed, *(cell(part.rows.get(name)) for name in names)])
-        parts += [f"### {TITLES[suite]}", _pipes(lines)]
+            over = _over(suite, part) if part.baseline else ""
+            source = [str(of_run[suite, *part.head])] * several
+            cells = (cell(part.rows.get(name)) for name in names)
+            lines.append([*part.head, *source, *[over] * timed, *cells])
+        parts += [f"#### {TITLES[suite]}", _pipes(lines)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -157,31 +188,30 @@ def _pipes(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write_markdown(path: Path, text: str) -> None:
-    """Writes the text to a file, or between the two marks of a file that has them."""
+def write_markdown(path: Path, text: str, name: str = "") -> None:
+    """Writes a text between the two marks that have a name, and leaves the rest of the page as it is.
+
+    A page without these marks gets them behind those of other names, or at its end. Without a name, what has
+    no marks is written anew.
+    """
+    start, end = (mark.format(f": {name}" if name else "") for mark in (START, END))
+    block = f"{start}\n\n{text}\n{end}"
     old = path.read_text(encoding="utf-8") if path.exists() else ""
-    before, start, rest = old.partition(START)
-    _, end, after = rest.partition(END)
-    if start and end:
-        text = f"{before}{start}\n\n{text}\n{end}{after}"
+    before, has_start, rest = old.partition(start)
+    _, has_end, after = rest.partition(end)
+    if has_start and has_end:
+        text = f"{before}{block}{after}"
+    elif name:
+        cut = _end_of_blocks(old)
+        before, after = f"{old[:cut].rstrip()}\n\n".lstrip(), old[cut:].removeprefix("\n")
+        text = f"{before}{block}\n{after}"
     path.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, rows: Sequence[Row], environment: Mapping[str, Any]) -> None:
-    """Writes all that was measured."""
-    plain = [
-        {key: value._asdict() if isinstance(value, Spread) else value for key, value in row._asdict().items()}
-        for row in rows
-    ]
-    text = json.dumps({"environment": environment, "rows": plain}, indent=1, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> tuple[list[Row], dict[str, Any]]:
-    """What `write_json` wrote."""
-    read = json.loads(path.read_text(encoding="utf-8"))
-    rows = [Row(**row | {"ratio": Spread(**row["ratio"]) if row["ratio"] else None}) for row in read["rows"]]
-    return rows, read["environment"]
+def _end_of_blocks(text: str) -> int:
+    """Where the last block of results ends; where the text does, if there is none."""
+    last = text.rfind(END.partition("{")[0])
+    return len(text) if last < 0 else text.index("-->", last) + len("-->")
 
 
 def _suites(rows: Sequence[Row]) -> list[str]:

@@ -12,11 +12,14 @@ from benchmarks.trees import Tree
 
 # What every method of a suite is held against, the first that there is.
 BASELINES = {
-    "step": ("none",),
+    "step": ("none", "copy", "torch_none"),
     "alone": ("c_loop", "copy", "identity"),
     "compile": ("optax_global",),
+    "ablations": ("global", "unitwise"),
     "train": ("none",),
 }
+# What else is shown as a baseline, and for which names, by how they start.
+BESIDE = {"copy": "", "torch_none": "torch_", "unitwise": "unitwise_"}
 
 
 class Setting(NamedTuple):
@@ -34,7 +37,7 @@ class Row(NamedTuple):
       tree: the tree's name; in `train`, the model's.
       dtype: what the command line calls the dtypes.
       case: what was measured: `clips` or `idle`; `trace`, `compile` or `total`; in `memory` and `launches`
-        the program, `step` or `alone`.
+        the program, `step` or `alone`; in `ablations` one of `suites.ABLATED`.
       method: the method's name, or that of what it is held against.
       against: what it is held against; None in a row that has the value alone.
       value: median seconds; temporary memory over the gradients' bytes; or kernels.

@@ -1,4 +1,4 @@
-"""What is measured: a step and the clip alone, their compilation, memory and kernels; and training."""
+"""What is measured: a step, the clip alone, their compilation, memory, kernels and parts; and training."""
 
 import functools
 import gc
@@ -9,23 +9,25 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks import char_model, hlo, programs, references, results, timing, trees
-from benchmarks.methods import Method
+from benchmarks import char_model, hlo, programs, references, results, timing, trees, variants
+from benchmarks.methods import MANY, Method
 from benchmarks.results import Row, Setting
 from benchmarks.runs import Clipping, Training
 from benchmarks.trees import Tree
 
-SUITES = ("step", "alone", "compile", "memory", "launches", "train")
+SUITES = ("step", "alone", "compile", "memory", "launches", "ablations", "train")
 COUNTED = ("memory", "launches")  # without a clock
 # The standard deviation of the gradients. Every leaf has a norm above every limit, or none has.
 CASES = {"clips": 1.0, "idle": 2.0**-24}
+# Of the ablations: the clip alone, a step that clips, compiling the clip, and memory of both programs.
+ABLATED = (*CASES, "step", "total", "memory alone", "memory step")
 WARM_UP = Tree("warm_up", {"dense": {"kernel": (8, 8), "bias": (8,)}})
 MODELS = {
     "characters": char_model.Shape(),
     "gpt2_like": char_model.Shape(width=256, layers=4, context=64, batch=8, vocabulary=50_257),
 }
 LARGE = 1_000  # leaves; from here on Optax takes long to compile, and once is enough
-TRAINED = ("none", "optax_global", "global", "layerwise", "leafwise", "zclip", "record")
+TRAINED = ("none", "optax_global", "global", "layerwise", "leafwise", "zclip", "record", "metrics")
 
 
 class Plan(NamedTuple):
@@ -66,7 +68,7 @@ def run(tree: Tree, dtype: str, plan: Plan, tick: Tick = lambda what: None) -> l
     if tree.compile_only:
         wanted &= {"compile"}
     if dtype == "mixed":  # which is bfloat16, until parameters are updated
-        wanted -= {"alone", "compile"}
+        wanted -= {"alone", "compile", "ablations"}
     rows = []
     if wanted & {"step", *COUNTED}:
         rows += _step(setting, plan, wanted, tick)
@@ -74,6 +76,8 @@ def run(tree: Tree, dtype: str, plan: Plan, tick: Tick = lambda what: None) -> l
         rows += _alone(setting, plan, wanted, tick)
     if "compile" in wanted:
         rows += _compile(setting, plan, tick)
+    if "ablations" in wanted and tree.leaves <= MANY:
+        rows += _ablations(setting, plan, tick)
     return rows
 
 
@@ -81,68 +85,68 @@ def train(model: str, plan: Plan, tick: Tick = lambda what: None) -> list[Row]:
     """The rows of whole training steps of one of `MODELS`, in float32."""
     shape = MODELS[model]
     methods = [method for method in plan.methods if method.name in TRAINED]
-    compiled = _compiled([(method, programs.train(method, shape)) for method in methods], tick)
-    tree = programs.transformer(shape)
+    tree = programs.transformer(shape)._replace(name=model)
+    setting = Setting(tree, "float32")
+    compiled = _compiled(lambda method, *_: programs.train(method, shape), methods, setting, tick)
     passages = np.random.default_rng(0).integers(shape.vocabulary, size=(shape.batch, shape.context + 1))
     clips = {method.name: method.build(tree) for method in methods}
     training = Training(char_model.initial(shape, seed=0), clips, jax.numpy.asarray(passages, "int32"))
     steps = {name: functools.partial(training.measure, name, one) for name, one in compiled.items()}
     seconds = _seconds(steps, plan, tick)
-    return results.compared("train", "whole", Setting(tree._replace(name=model), "float32"), methods, seconds)
+    return results.compared("train", "whole", setting, methods, seconds)
 
 
 def _step(setting: Setting, plan: Plan, wanted: set[str], tick: Tick) -> list[Row]:
-    tree, dtype = setting
     methods = plan.fitting(setting)
-    compiled = _compiled([(one, programs.step(one, tree, dtype)) for one in methods], tick)
+    compiled = _compiled(programs.step, methods, setting, tick)
     rows = _counted("step", setting, methods, wanted, compiled)
     for case, size in CASES.items() if "step" in wanted else ():
-        params = trees.normal(tree, trees.PARAMS[dtype], seed=0)
-        grads = trees.normal(tree, trees.GRADS[dtype], seed=1, size=size)
-        training = Training(params, {one.name: one.build(tree) for one in methods}, grads)
-        del params, grads
-        steps = {name: functools.partial(training.measure, name, one) for name, one in compiled.items()}
+        steps = _steps(setting, methods, compiled, size) | references.steps(*setting, size)
         rows += results.compared("step", case, setting, methods, _seconds(steps, plan, tick))
-        del training, steps  # before the next case takes as much memory
+        del steps  # before the next case takes as much memory
     return rows
+
+
+def _steps(
+    setting: Setting, methods: Sequence[Method], compiled: Mapping[str, Any], size: float
+) -> dict[str, Callable[[int], float]]:
+    tree, dtype = setting
+    params = trees.normal(tree, trees.PARAMS[dtype], seed=0)
+    grads = trees.normal(tree, trees.GRADS[dtype], seed=1, size=size)
+    training = Training(params, {one.name: one.build(tree) for one in methods}, grads)
+    return {name: functools.partial(training.measure, name, one) for name, one in compiled.items()}
 
 
 def _alone(setting: Setting, plan: Plan, wanted: set[str], tick: Tick) -> list[Row]:
-    tree, dtype = setting
     methods = plan.fitting(setting, no_clipping=False)
-    compiled = _compiled([(one, programs.alone(one, tree, dtype)) for one in methods], tick)
+    compiled = _compiled(programs.alone, methods, setting, tick)
     rows = _counted("alone", setting, methods, wanted, compiled)
     for case, size in CASES.items() if "alone" in wanted else ():
-        measures = references.available(tree, dtype, size)
-        params = trees.normal(tree, dtype, seed=0)
-        for method in methods:
-            grads = trees.normal(tree, dtype, seed=1, size=size)
-            grows = method.clips and case == "clips"
-            one = Clipping(grads, grows, tree, method, params, compiled[method.name])
-            measures[method.name] = one.measure
-            del grads, one
+        measures = references.alone(*setting, size) | _clips(setting, methods, compiled, case)
         rows += results.compared("alone", case, setting, methods, _seconds(measures, plan, tick))
-        del params, measures
+        del measures
     return rows
 
 
-def _compile(setting: Setting, plan: Plan, tick: Tick) -> list[Row]:
-    def measure(method: Method, tree: Tree) -> tuple[float, float]:
-        jax.clear_caches()
-        gc.collect()
-        program = programs.alone(method, tree, setting.dtype)
-        start = time.perf_counter()
-        lowered = program.function.lower(*program.args)
-        traced = time.perf_counter()
-        lowered.compile()
-        return traced - start, time.perf_counter() - traced
-
-    methods = plan.fitting(setting, no_clipping=False)
+def _clips(
+    setting: Setting, methods: Sequence[Method], compiled: Mapping[str, Any], case: str
+) -> dict[str, Callable[[int], float]]:
+    tree, dtype = setting
+    params = trees.normal(tree, dtype, seed=0)
+    measures = {}
     for method in methods:
-        measure(method, WARM_UP)
-    compiles = {method.name: functools.partial(measure, method, setting.tree) for method in methods}
-    rounds = plan.compile_rounds if setting.tree.leaves < LARGE else 1
-    samples = timing.interleaved(compiles, rounds, plan.seed, lambda name: tick(f"compile {name}"))
+        grads = trees.normal(tree, dtype, seed=1, size=CASES[case])
+        grows = method.clips and case == "clips"
+        one = Clipping(grads, grows, tree, method, params, compiled[method.name])
+        measures[method.name] = one.measure
+        del grads, one
+    return measures
+
+
+def _compile(setting: Setting, plan: Plan, tick: Tick) -> list[Row]:
+    methods = plan.fitting(setting, no_clipping=False)
+    clips = {method.name: functools.partial(programs.alone, method) for method in methods}
+    samples = _built({**clips, "scaled_leaves": programs.scaled_leaves}, setting, plan, tick)
     rows = []
     for case, pick in {"trace": lambda s: s[0], "compile": lambda s: s[1], "total": sum}.items():
         seconds = {name: [pick(sample) for sample in some] for name, some in samples.items()}
@@ -150,12 +154,74 @@ def _compile(setting: Setting, plan: Plan, tick: Tick) -> list[Row]:
     return rows
 
 
-def _compiled(made: Iterable[tuple[Method, programs.Program]], tick: Tick) -> dict[str, Callable[..., Any]]:
+def _built(
+    made: Mapping[str, Callable[[Tree, str], programs.Program]], setting: Setting, plan: Plan, tick: Tick
+) -> dict[str, list[tuple[float, float]]]:
+    """Seconds to trace and lower, and to compile, in each round."""
+
+    def measure(make: Callable[[Tree, str], programs.Program], tree: Tree) -> tuple[float, float]:
+        jax.clear_caches()
+        gc.collect()
+        program = make(tree, setting.dtype)
+        start = time.perf_counter()
+        lowered = program.function.lower(*program.args)
+        traced = time.perf_counter()
+        lowered.compile()
+        return traced - start, time.perf_counter() - traced
+
+    for make in made.values():
+        measure(make, WARM_UP)
+    builds = {name: functools.partial(measure, make, setting.tree) for name, make in made.items()}
+    rounds = plan.compile_rounds if setting.tree.leaves < LARGE else 1
+    return timing.interleaved(builds, rounds, plan.seed, lambda name: tick(f"compile {name}"))
+
+
+def _ablations(setting: Setting, plan: Plan, tick: Tick) -> list[Row]:
+    whole = [method for method in plan.fitting(setting) if method.name in variants.WHOLE]
+    names = {method.name for method in whole}
+    parts = [one for one in variants.usual() if one.fits(*setting) and names.issuperset(one.against)]
+    methods = [*whole, *parts]
+    compared = functools.partial(results.compared, "ablations", setting=setting, methods=methods)
+    made = {method.name: functools.partial(programs.alone, method) for method in methods}
+    samples = _built(made, setting, plan, tick)
+    rows = compared("total", seconds={name: [sum(one) for one in some] for name, some in samples.items()})
+    compiled = {
+        program.__name__: _compiled(program, methods, setting, tick, forget=True)
+        for program in (programs.alone, programs.step)
+    }
+    jax.clear_caches()
+    for name, ones in compiled.items():
+        shares = _shares(setting, ones)
+        rows += results.counted("ablations", f"memory {name}", setting, methods, shares)
+    for case in CASES:
+        clips = _clips(setting, methods, compiled["alone"], case)
+        rows += compared(case, seconds=_seconds(clips, plan, tick))
+        del clips
+    steps = _steps(setting, methods, compiled["step"], CASES["clips"])
+    return rows + compared("step", seconds=_seconds(steps, plan, tick))
+
+
+def _compiled(
+    make: Callable[..., programs.Program],
+    methods: Iterable[Method],
+    setting: Setting,
+    tick: Tick,
+    forget: bool = False,
+) -> dict[str, Callable[..., Any]]:
+    """Each method's program; `forget` what was traced before, if it was of something else."""
     compiled = {}
-    for method, program in made:
+    for method in methods:
         tick(f"build {method.name}")
-        compiled[method.name] = program.compiled()
+        if forget:
+            jax.clear_caches()
+        compiled[method.name] = make(method, *setting).compiled()
     return compiled
+
+
+def _shares(setting: Setting, compiled: Mapping[str, Any]) -> dict[str, float]:
+    """Temporary memory, over the bytes of the gradients."""
+    nbytes = setting.tree.nbytes(setting.dtype)
+    return {name: programs.temporary_bytes(one) / nbytes for name, one in compiled.items()}
 
 
 def _counted(
@@ -163,9 +229,7 @@ def _counted(
 ) -> list[Row]:
     rows = []
     if "memory" in wanted:
-        nbytes = setting.tree.nbytes(setting.dtype)
-        shares = {name: programs.temporary_bytes(one) / nbytes for name, one in compiled.items()}
-        rows += results.counted("memory", case, setting, methods, shares)
+        rows += results.counted("memory", case, setting, methods, _shares(setting, compiled))
     if "launches" in wanted:
         counts = {name: hlo.launches(hlo.parse(one)) for name, one in compiled.items()}
         rows += results.counted("launches", case, setting, methods, counts)

@@ -12,6 +12,9 @@ GPT2 = ("gpt2", "gpt2_stacked")
 ANY = None
 GROUPED = ("layerwise", "leafwise", "unitwise")
 CLIPPING = ("global", *GROUPED)
+TELEMETRY = ("record", "record_clip", "metrics")
+ONE_BY_ONE = ("global", "layerwise", "leafwise")
+COPY = 1.25  # of the time that moving the bytes takes
 
 
 class Target(NamedTuple):
@@ -57,7 +60,7 @@ _compile = functools.partial(
     Target, suite="compile", methods=CLIPPING, against="optax_global", cases=("total",)
 )
 _memory = functools.partial(
-    Target, suite="memory", methods=(*CLIPPING, *ADAPTIVE, "record"), against=None, trees=LARGE
+    Target, suite="memory", methods=(*CLIPPING, "adaptive", *ADAPTIVE, *TELEMETRY), against=None
 )
 
 ALL = (
@@ -69,11 +72,11 @@ ALL = (
     _alone("the same with nothing to clip", 0.6, dtypes=("float32",), cases=("idle",)),
     _alone("the clip alone, bfloat16", 1.4, dtypes=("bfloat16",), cases=("clips",)),
     _alone("the same with nothing to clip, bfloat16", 0.6, dtypes=("bfloat16",), cases=("idle",)),
-    # Two reads and a write take 1.5 times as long as a read and a write.
-    Target("the clip alone on other devices", 1.25 * 1.5, "alone", ("global",), "copy", trees=LARGE),
+    Target("the clip alone on a GPU", COPY, "alone", ONE_BY_ONE, "copy", trees=GPT2, cases=("clips",)),
+    Target("a clipped AdamW step on a GPU", COPY, "step", ONE_BY_ONE, "copy", trees=GPT2),
     Target("groups, alone", 1.1, "alone", GROUPED, "global"),
     Target("groups, in a step", 1.1, "step", GROUPED, "global"),
-    Target("adaptive limits and recording, in a step", 1.05, "step", (*ADAPTIVE, "record"), "global"),
+    Target("adaptive limits and recording, in a step", 1.05, "step", (*ADAPTIVE, *TELEMETRY), "global"),
     *(
         _beaten(f"{name} beaten, {where}", suite=suite, methods=(method,), against=name)
         for method, name in (
@@ -84,8 +87,18 @@ ALL = (
         for suite, where in (("step", "in a step"), ("alone", "alone"))
     ),
     *(
-        _beaten(f"{name} beaten", suite="alone", methods=(method,), against=name)
-        for method, name in (("global", "torch_global"), ("leafwise", "torch_leafwise"))
+        _beaten(f"{name} beaten, alone", suite="alone", methods=(method,), against=name)
+        for method, name in (
+            ("global", "torch_foreach"),
+            ("global", "torch_loop"),
+            ("leafwise", "torch_leafwise"),
+            ("zclip", "torch_zclip"),
+            ("autoclip", "torch_autoclip"),
+        )
+    ),
+    *(
+        _beaten(f"{name} beaten, in a step", suite="step", methods=("global",), against=name)
+        for name in ("torch_foreach", "torch_loop")
     ),
     Target("2,000 small leaves", 1.1, "alone", ("global",), "identity", trees=("small_2000",)),
     _compile("trace and compile, 300 leaves", 1.0, trees=("leaves_300", "mixed_300")),
