@@ -36,6 +36,11 @@ CASES["nan"] = CASES["bfloat16, 1"] | {"bias": CASES["bfloat16, 1"]["bias"].at[3
 CASES["inf"] = CASES["float32, 1"] | {"bias": CASES["float32, 1"]["bias"].at[3].set(jnp.inf)}
 
 
+def assert_equal(x, y):
+    assert x.dtype == y.dtype
+    np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_all_platforms_have_the_numbers_of_this_one(name, monkeypatch):
     """What is for other platforms than CPU, run here."""
@@ -55,16 +60,16 @@ def test_all_platforms_have_the_numbers_of_this_one(name, monkeypatch):
 
     monkeypatch.setattr(lax, "platform_dependent", other)
     for case, (updates, state) in found().items():
-        jax.tree.map(np.testing.assert_array_equal, (updates, state), expected[case])
-    assert taken and all(list(own) == ["cpu"] for own in taken)
+        jax.tree.map(assert_equal, (updates, state), expected[case])
+    assert taken
+    assert all(list(own) == ["cpu"] for own in taken)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
 @pytest.mark.parametrize("name", ["global", "layerwise", "unitwise", "adaptive", "record_clip", "zclip"])
 def test_programs_lower_for_other_platforms(name, platform):
-    """Without a device of that kind; what is CPU's own is not in them."""
+    """Without a device of that kind."""
     for dtype in ("float32", "bfloat16"):
         made = programs.step(methods.ALL[name], trees.ALL["mlp"], dtype)
         lowered = made.function.trace(*made.args).lower(lowering_platforms=(platform,)).as_text()
         assert "stablehlo.while" in lowered
-        assert "stablehlo.case" not in lowered

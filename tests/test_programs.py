@@ -36,7 +36,7 @@ ROWS = [
 ]
 TELEMETRY = ["zclip", "adagc", "record", "record_clip"]
 NEW_XLA = pytest.mark.skipif(before(jax, 0, 10), reason="older compilers write more to memory")
-FIXED = 40  # kernels for decisions and statistics, however many leaves
+FIXED = 52  # kernels for decisions and statistics, however many leaves
 GROUPS = {"global": 0, "layerwise": 1 / 2, "leafwise": 1}  # more than one, for each leaf
 
 
@@ -67,7 +67,9 @@ def temporary(program, name, tree, dtype):
 
 def held(name, tree, dtype):
     """How large the state is, beside the gradients."""
-    state = jax.eval_shape(methods.ALL[name].build(TREES[tree]).init, trees.specs(TREES[tree], dtype))
+    state = jax.eval_shape(
+        methods.ALL[name].build(TREES[tree]).init, trees.specs(TREES[tree], trees.GRADS[dtype])
+    )
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / TREES[tree].nbytes(dtype)
 
 
@@ -132,7 +134,7 @@ def accessed(program, name, tree, dtype):
 def test_nothing_else_is_read_or_written(name, tree, dtype):
     """But numbers for each row, and the parameters where limits are relative to them, in the loop as well."""
     like = 2 if dtype == "mixed" else 1  # how large the parameters are
-    more = 2 * like * (name == "adaptive") + 16 * held(name, tree, dtype) + 0.01
+    more = 2 * like * (name == "adaptive") + 24 * held(name, tree, dtype) + 0.01
     if dtype != "mixed":
         assert accessed("alone", name, tree, dtype) <= 4 + more
     assert accessed("step", name, tree, dtype) <= accessed("step", "none", tree, dtype) + 2 + more
