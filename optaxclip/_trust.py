@@ -14,7 +14,7 @@ from optaxclip._base import Groups, Limit, PyTree
 from optaxclip._learning import power_mean
 from optaxclip._partition import Partition, matching, named_leaves, partition
 from optaxclip._read import times, widen
-from optaxclip._rescale import rescale_by_norm
+from optaxclip._rescale import named, policy_of, rescale_by_norm
 from optaxclip._scale import scale
 from optaxclip._split import AxisName
 from optaxclip._walk import number, rest, together, walk, zeros
@@ -325,14 +325,18 @@ def larc(
             ratio = ratio / rate.update(norm, (), ctx)[0].astype(norm.dtype)
         return jnp.where(known, norm * ratio, jnp.inf), state
 
-    inner = rescale_by_norm(
-        Limit(lambda table: (), local, needs_params=True),
-        groups=groups,
-        response=responses.clip() if clip else responses.normalize(),
-        nonfinite=nonfinite,
-        axis_name=axis_name,
-        specs=specs,
+    policy = policy_of(
+        rescale_by_norm(
+            Limit(lambda table: (), local, needs_params=True),
+            groups=groups,
+            response=responses.clip() if clip else responses.normalize(),
+            nonfinite=nonfinite,
+            axis_name=axis_name,
+            specs=specs,
+        )
     )
+    assert policy is not None  # as rescale_by_norm made it
+    inner = policy.called(where)
     decays = not (_checks.is_number(weight_decay) and weight_decay == 0)
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
@@ -367,6 +371,7 @@ def _plus(updates: PyTree, params: PyTree, by: jax.Array, groups: Groups, where:
     return together(part, made)
 
 
+@named()
 def lamb_trust_ratio(
     max_norm: Number = 10.0,
     min_ratio: Number = 0.0,
