@@ -181,6 +181,17 @@ def test_under_pmap():
             assert_same((actual, jax.tree.map(lambda x, own=own: x[own], state)), expected)
 
 
+@pytest.mark.parametrize("make", [oc.clip_by_global_norm, oc.clip_by_leafwise_norm])
+def test_under_pmap_all_groups_share_one_all_reduce(make):
+    """It has four bytes for each group."""
+    grads = {f"layer_{k}": jnp.ones((8, 4 + k)) for k in range(5)}
+    tx = make(1.0, axis_name="devices")
+    inside = jax.pmap(lambda g: tx.update(g, tx.init(g)), "devices", devices=jax.devices("cpu")[:8])
+    (found,) = hlo.collectives(hlo.parse(inside.lower(grads).compile()))
+    groups = len(tx.init(grads).norm)
+    assert (found.kind, found.operands, found.nbytes) == ("all-reduce", 1, 4 * groups)
+
+
 def test_only_axes_in_both_count():
     """With axis_name beside specs, axes that it leaves out are not summed over."""
     specs = {"w": P("data", "model")}
@@ -637,6 +648,24 @@ GLOBAL = {
         {"embed": P("data"), "stages": P("stage"), "head": P()},
         {"embed": [1.0, 5.0], "stages": [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]], "head": [2.5]},
     ),
+    "stages of experts": (
+        ("stage", "expert", "data"),
+        (2, 2, 2),
+        {
+            "embed": P("data"),
+            "experts": P("stage", "expert", "data"),
+            "head": P(),
+            "norms": P("stage"),
+            "routers": P("stage", None, "data"),
+        },
+        {
+            "embed": [1.0, 5.0],
+            "experts": [[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]],
+            "head": [2.5],
+            "norms": [9.0, 10.0],
+            "routers": [[[3.0, 1.0]], [[4.0, 1.0]]],
+        },
+    ),
 }
 
 
@@ -663,10 +692,14 @@ def test_the_global_norm_is_that_of_all_parameters(case, check_vma):
 
 
 @pytest.mark.parametrize("check_vma", [False, True])
-@pytest.mark.parametrize("axis", ["expert", "stage"])
-def test_a_norm_for_each_expert_or_stage(axis, check_vma):
-    """Leave their axis out of axis_name: the norms are those of a device's own, one after the other."""
-    specs = {"blocks": {"b": P(axis), "w": P(axis, "data")}}
+@pytest.mark.parametrize("axes", [("expert", "data"), ("stage", "data"), ("stage", "expert", "data")])
+def test_a_norm_for_each_expert_or_stage(axes, check_vma):
+    """Leave their axis out of axis_name: the norms are those of a device's own, one after the other.
+
+    On three axes those of a stage are over all of its experts.
+    """
+    axis, *others = axes
+    specs = {"blocks": {"b": P(axis), "w": P(axis, *others)}}
     rng = np.random.default_rng(3)
     grads = {"blocks": {"b": rng.normal(size=(8, 3)), "w": rng.normal(size=(8, 6, 2))}}
     grads = jax.tree.map(np.float32, grads)
@@ -675,10 +708,11 @@ def test_a_norm_for_each_expert_or_stage(axis, check_vma):
     )
 
     def step(grads):
-        updates, stats = clip(grads, axis_name="data", specs=specs)
+        updates, stats = clip(grads, axis_name=others, specs=specs)
         return updates, stats.norm
 
-    inside = mapped(step, (specs,), (specs, P(axis)), mesh=mesh((2, 4), ("data", axis)), check_vma=check_vma)
+    on = mesh((4, 2) if len(axes) == 2 else (2, 2, 2), axes)
+    inside = mapped(step, (specs,), (specs, P(axis)), mesh=on, check_vma=check_vma)
     expected, stats = clip(grads)
     assert stats.norm.shape == (8,)
     assert_same(inside(grads), (expected, stats.norm))
