@@ -168,8 +168,9 @@ def wide_cases(chosen: Sequence[str]) -> Iterator[Case]:
     for layout in chosen:
         if layout in ("fsdp", "mixed"):
             for grouping, sizes in WIDE.items():
-                for size, mode in itertools.product(sizes, ("jit", "specs", "explicit")):
-                    yield Case(mode, layout, grouping, "clip", size, wide=True)
+                for size in sizes:
+                    for mode in ("jit", "specs", "explicit"):
+                        yield Case(mode, layout, grouping, "clip", size, wide=True)
 
 
 def count_all(chosen: Sequence[Case], console: Console) -> list[Counted]:

@@ -584,7 +584,7 @@ def test_specs_that_are_not_how_leaves_lie_move_leaves_and_change_nothing(specs)
 MISFITS = [
     (
         {"a": P("data"), "b": P("data")},
-        r"rescale_by_norm: leaf 'b' of shape \(6,\) cannot be split as its specification, .*'data'.*, "
+        r"clip_by_global_norm: leaf 'b' of shape \(6,\) cannot be split as its specification, .*'data'.*, "
         "says: dimension 0 does not divide by 4 devices",
     ),
     (
