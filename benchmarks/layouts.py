@@ -1,6 +1,7 @@
 """Sharded trees for `benchmarks.scaling`, as shapes: nothing is put on a device."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +11,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import optaxclip as oc
 
 INPUTS = 64  # of each dense layer
-OUTPUTS = 64  # of layers that are many; a multiple of the eight devices
+OUTPUTS = 64  # of layers that are many; a multiple of the devices
 MESH = {"data": 4, "model": 2}
+WIDE = {"data": 16, "model": 4}
 
 
 class Layout(NamedTuple):
@@ -47,11 +49,11 @@ GROUPINGS = {
 MANY_ROWS = ("unit", "stacked")  # many groups in a leaf: few leaves for as many groups as one likes
 
 
-def mesh(kind: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
-    """Eight devices, four by two."""
-    types = (kind,) * len(MESH)
-    devices = jax.devices("cpu")[: math.prod(MESH.values())]
-    return jax.make_mesh(tuple(MESH.values()), tuple(MESH), axis_types=types, devices=devices)
+def mesh(kind: AxisType = AxisType.Auto, sizes: Mapping[str, int] = MESH) -> jax.sharding.Mesh:
+    """Eight devices, four by two, or as many as the axes have."""
+    types = (kind,) * len(sizes)
+    devices = jax.devices("cpu")[: math.prod(sizes.values())]
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
 
 
 def specs(layout: str, grouping: str, size: int) -> Any:

@@ -72,7 +72,7 @@ def all_reduce(network: Network, devices: int, nbytes: float) -> float:
 
 
 class Scheme(NamedTuple):
-    """What a library exchanges in a step that clips, where all leaves are split over the same devices.
+    """What a library exchanges in a step that clips, each time between all devices, which takes the longest.
 
     Attributes:
       name: the library and the setting.
@@ -93,6 +93,14 @@ class Scheme(NamedTuple):
 SCHEMES = (
     Scheme("optaxclip, any grouping", 1, None),
     Scheme("optaxclip, any grouping, `record` and a limit relative to parameters", 3, None),
-    Scheme("one global norm: Megatron-LM, FSDP2, torchtitan, Optax", 1, 4),
+    Scheme("optaxclip, any grouping, leaves split over two sets of axes", 2, None),
+    Scheme("one global norm: Optax, up to 256 split leaves", 1, 1024),
+    Scheme("one global norm: Megatron-LM", 1, 4),
+    Scheme("one global norm: Megatron-LM with FSDP, or with an optimizer for experts", 2, 4),
+    Scheme("one global norm: FSDP2, a mesh of one axis", 1, 4),
+    Scheme("one global norm: FSDP2, leaves split over both axes of a mesh", 2, 4),
+    Scheme("one global norm: torchtitan, leaves split over two axes", 2, 4),
+    Scheme("one global norm: torchtitan, the same with experts", 4, 4),
+    Scheme("one global norm: torchtitan, the same with experts and pipeline stages", 5, 4),
     Scheme("one call of FSDP2's `clip_grad_norm_` for each group", None, 4),
 )

@@ -25,6 +25,8 @@ app = typer.Typer(add_completion=False)
 
 # Leaves, or rows of a leaf that has many: what compiles in about a minute.
 SIZES = {"whole": 1000, "layer": 100, "leaf": 200, "unit": 1_000_000, "stacked": 1_000_000}
+# The same on 64 devices, and between a thousand groups and a million: nothing but bytes depends on either.
+WIDE = {"leaf": (200,), "unit": (10_000, 100_000), "stacked": (10_000, 100_000)}
 # For what limits and recordings add, which does not depend on size or grouping.
 SMALL = {"leaf": 40, "unit": 1_000}
 
@@ -57,6 +59,7 @@ class Case(NamedTuple):
       grouping: a name of `layouts.GROUPINGS`.
       method: a name of `METHODS`.
       size: leaves, or rows of a kernel; see `layouts.tree`.
+      wide: whether on 64 devices, not on eight.
     """
 
     mode: str
@@ -64,6 +67,7 @@ class Case(NamedTuple):
     grouping: str
     method: str
     size: int
+    wide: bool = False
 
 
 class Counted(NamedTuple):
@@ -95,8 +99,9 @@ class Counted(NamedTuple):
 
 
 def compiled(case: Case) -> Any:
-    """The update, compiled for eight devices, from shapes alone."""
-    mesh = layouts.mesh(AxisType.Explicit if case.mode == "explicit" else AxisType.Auto)
+    """The update, compiled for all devices of the case, from shapes alone."""
+    kind = AxisType.Explicit if case.mode == "explicit" else AxisType.Auto
+    mesh = layouts.mesh(kind, layouts.WIDE if case.wide else layouts.MESH)
     mapped = case.mode == "shard_map"
     tree = layouts.tree(case.layout, case.grouping, case.size, None if mapped else mesh)
     spec = layouts.specs(case.layout, case.grouping, case.size)
@@ -158,6 +163,16 @@ def cases(chosen: Sequence[str]) -> Iterator[Case]:
             yield from (Case("jit", layout, grouping, method, SMALL[grouping]) for method in EXTRAS)
 
 
+def wide_cases(chosen: Sequence[str]) -> Iterator[Case]:
+    """The programs to compile for 64 devices."""
+    for layout in chosen:
+        if layout in ("fsdp", "mixed"):
+            for grouping, sizes in WIDE.items():
+                for size in sizes:
+                    for mode in ("jit", "specs", "explicit"):
+                        yield Case(mode, layout, grouping, "clip", size, wide=True)
+
+
 def count_all(chosen: Sequence[Case], console: Console) -> list[Counted]:
     """Compiles and counts them one by one, behind a progress bar."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -176,12 +191,13 @@ def count_all(chosen: Sequence[Case], console: Console) -> list[Counted]:
 def main(
     layout: Annotated[str, typer.Option("--layouts", help=f"Some of {', '.join(layouts.LAYOUTS)}.")] = "all",
     json: Annotated[Path | None, typer.Option(help="Write all counts to this file.")] = None,
+    wide: Annotated[bool, typer.Option("--wide", help="Also compile for 64 devices.")] = False,
     markdown: Annotated[Path | None, typer.Option(help="Write the tables to this file.")] = None,
 ) -> None:
     """What a clipped update exchanges between devices, and how long that may take on many of them.
 
-    Updates are compiled for eight devices of the CPU and never run; the collectives of the compiled program
-    are counted. A model of latency and bandwidth carries the counts on to more devices and groups.
+    Updates are compiled for eight devices of the CPU, or 64, and never run; the collectives of the compiled
+    program are counted. A model of latency and bandwidth carries the counts on to more devices and groups.
     """
     chosen = list(layouts.LAYOUTS) if layout == "all" else [name.strip() for name in layout.split(",")]
     for name in chosen:
@@ -190,7 +206,7 @@ def main(
                 f"{name!r} is none of {', '.join(layouts.LAYOUTS)}.", param_hint="--layouts"
             )
     console, where = Console(), environment.describe()
-    rows = count_all(list(cases(chosen)), console)
+    rows = count_all([*cases(chosen), *(wide_cases(chosen) if wide else ())], console)
     console.print(report.sentence(where), scaling_report.counts(rows), highlight=False)
     for table in scaling_report.estimates():
         console.print(table)
@@ -203,5 +219,5 @@ def main(
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_num_cpu_devices", 64)
     app(prog_name="python -m benchmarks.scaling")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 DEVICES = (10, 100, 1_000, 10_000, 100_000)
 GROUPS = (1_000, 10_000, 100_000, 1_000_000)
 HEADS = ["mode", "split", "grouping", "method", "leaves", "groups"]
+ON = {False: "on eight devices", True: "on 64 devices"}
 NUMBERS = ["all-reduces", "bytes", "all-gathers", "bytes", "other", "if not finite", "compile, s"]
 
 
@@ -30,10 +31,11 @@ def cells(row: "Counted") -> list[str]:
 def counts(rows: Sequence["Counted"]) -> Table:
     """The counts, for the terminal."""
     table = Table(title="Collectives in a clipped update, counted", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("")
     for head in [*HEADS, *NUMBERS]:
         table.add_column(head, justify="left" if head in HEADS[:4] else "right")
     for row in rows:
-        table.add_row(*(cell.strip("`") for cell in cells(row)))
+        table.add_row(ON[row.case.wide], *(cell.strip("`") for cell in cells(row)))
     return table
 
 
@@ -68,9 +70,13 @@ def estimates() -> list[Table]:
 
 def markdown(rows: Sequence["Counted"], environment: Mapping[str, Any]) -> str:
     """The environment and all tables."""
-    left, right = ["---"] * 4, ["---:"] * (len(HEADS) - 4 + len(NUMBERS))
-    parts = [report.sentence(environment), "### Counted"]
-    parts.append(_table([[*HEADS, *NUMBERS], left + right, *map(cells, rows)]))
+    parts = [report.sentence(environment)]
+    for wide, on in ON.items():
+        columns = len(HEADS) + len(NUMBERS) - wide  # the first table says what compiling takes
+        rules = ["---"] * 4 + ["---:"] * (columns - 4)
+        if chosen := [cells(row)[:columns] for row in rows if row.case.wide == wide]:
+            heads = [*HEADS, *NUMBERS][:columns]
+            parts += [f"### Counted {on}", _table([heads, rules, *chosen])]
     for of in network.NETWORKS.values():
         parts.append(f"### Model, not measured: microseconds of a step, {of.name}")
         heads = ["", "groups", *(f"{n:,} devices" for n in DEVICES)]

@@ -13,7 +13,7 @@ from optaxclip._base import Context, Groups, Limit, Norm, PyTree, Response, Stat
 from optaxclip._measure import Measured, measure, merge
 from optaxclip._partition import Partition, matching
 from optaxclip._scale import Factors, factors, scale
-from optaxclip._split import AxisName, Split, axes_of, laid_out, told
+from optaxclip._split import AxisName, Split, axes_and_layout, axes_of, told
 
 Nonfinite: TypeAlias = Literal["propagate", "zero"]
 
@@ -49,7 +49,8 @@ def checked(
     _checks.one_of(where, ("propagate", "zero"), nonfinite=nonfinite)
     (eps,) = _checks.real(eps)
     dtype = None if out_dtype is None else _checks.real_dtype(where, out_dtype=out_dtype)
-    return Options(groups, norm, response, eps, nonfinite, told(where, axis_name, specs), dtype)
+    split = told(where, axis_name, specs, norm.shaped)
+    return Options(groups, norm, response, eps, nonfinite, split, dtype)
 
 
 class Applied(NamedTuple):
@@ -148,7 +149,7 @@ def measured(part: Partition, leaves: Sequence[Any], table: Table, options: Opti
     """Measures the rows of a partition, on its own leaves or on others of the same shapes."""
     chosen = part.measured
     wide = any(jnp.finfo(jax.dtypes.canonicalize_dtype(part.leaves[k].dtype)).bits == 64 for k in chosen)
-    splits, laid = axes_of(part, leaves, options.split), laid_out(part, leaves, options.split)
+    splits, laid = axes_and_layout(part, leaves, options.split)
     return measure(
         [jnp.asarray(leaves[k]) for k in chosen],
         places=tuple(chosen.values()),

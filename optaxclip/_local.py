@@ -21,31 +21,41 @@ from optaxclip._read import Block, merged
 Of: TypeAlias = Callable[[Sequence[Block]], jax.Array]
 
 
-def split_axes(blocks: Sequence[Block]) -> tuple[str, ...]:
+def by_device(run: Callable[[Sequence[Block], Of], jax.Array], blocks: Sequence[Block], of: Of) -> jax.Array:
+    """What `run` makes of blocks, which has to be the same on all devices.
+
+    Args:
+      run: is called with the blocks as they are, if nothing is known to be split; else where mesh axes are
+        manual, with one device's parts, and with what measures them: one number for each index of the whole
+        blocks, and zeros for the indices that are on other devices.
+      blocks: the blocks, whole.
+      of: what measures blocks.
+    """
+    along = [_along(block) for block in blocks]
+    axes = _split_axes(blocks, along)
+    return _mapped(run, blocks, of, along, axes) if axes else run(blocks, of)
+
+
+def _split_axes(blocks: Sequence[Block], along: Sequence[Along]) -> tuple[str, ...]:
     """The mesh axes, not manual, that some block is known to be split over: those to make manual.
 
     Of the explicit ones, an axis that `vmap` took away is none of them.
     """
-    axes = {name for block in blocks for names in _along(block) for name in names}
+    axes = {name for one in along for names in one for name in names}
     if any(block.laid for block in blocks) and not _mesh.PARTLY:
         kinds = _mesh.kinds_of(_mesh.mesh_of(block.array for block in blocks))
         axes |= {name for name, kind in kinds.items() if kind == AxisType.Auto}
     return tuple(sorted(axes))
 
 
-def by_device(
-    run: Callable[[Sequence[Block], Of], jax.Array], blocks: Sequence[Block], of: Of, axes: tuple[str, ...]
+def _mapped(
+    run: Callable[[Sequence[Block], Of], jax.Array],
+    blocks: Sequence[Block],
+    of: Of,
+    along: Sequence[Along],
+    axes: tuple[str, ...],
 ) -> jax.Array:
-    """What `run` makes of one device's parts of the blocks, which has to be the same on all devices.
-
-    Args:
-      run: is called where `axes` are manual, with the parts, and with what measures them: one number for each
-        index of the whole blocks, and zeros for the indices that are on other devices.
-      blocks: the blocks, whole.
-      of: what measures blocks.
-      axes: the mesh axes that `split_axes` found.
-    """
-    along = [_along(block) for block in blocks]
+    """What `run` makes of one device's parts of the blocks, where `axes` are manual."""
     kept = [tuple(names[axis] for axis in _kept(block)) for block, names in zip(blocks, along, strict=True)]
     splits = [_joined(block.split, names) for block, names in zip(blocks, along, strict=True)]
     scales = [_scale_of(block) for block in blocks]

@@ -19,6 +19,7 @@ from optaxclip._read import widen, without_nan
 from optaxclip._rescale import blank, counted
 from optaxclip._scale import Factors, factors, scale
 from optaxclip._singular import View
+from optaxclip._split import Split, axes_of
 
 COLD = 8  # iterations where no vector is remembered
 
@@ -61,7 +62,7 @@ class Method(NamedTuple):
     """How the matrices are measured and what becomes of them.
 
     Attributes:
-      where: the public name, for errors.
+      split: what was told of devices, with the public name for errors.
       limit: how large singular values may be.
       response: what the largest is multiplied by; vectors are multiplied by it too.
       iterations: of the power method; 0 where matrices are decomposed.
@@ -70,7 +71,7 @@ class Method(NamedTuple):
       nonfinite: what becomes of a matrix that is not finite.
     """
 
-    where: str
+    split: Split
     limit: Limit
     response: Response
     iterations: int
@@ -100,7 +101,7 @@ class Found(NamedTuple):
 
 
 def transformation(method: Method, axes: Axes, stacked: str | None) -> optax.GradientTransformationExtraArgs:
-    where = method.where
+    where = method.split.where
     _checks.one_of(where, ("propagate", "zero"), nonfinite=method.nonfinite)
     views_of = _views(where, axes)
     groups = _groups.leaf()
@@ -200,11 +201,12 @@ def _find(
     vectors: jax.Array | tuple[()],
     step: Any,
 ) -> dict[int, Found]:
-    """Measures all leaves, by their number; decompositions one after the other.
+    """Measures all leaves, by their number, of which a device must not have parts; each in its turn.
 
     On CPU a decomposition of several matrices waits for the threads that other ones wait in: where all start
     together, none may end.
     """
+    axes_of(part, leaves, method.split)  # for its error: a device may have part of a matrix
     found, first, earlier = {}, 0, jnp.zeros((), jnp.float32)
     vectors = jnp.zeros((0,), jnp.float32) if isinstance(vectors, tuple) else vectors
     for k, (place, leaf) in enumerate(zip(part.places, leaves, strict=True)):
@@ -318,7 +320,7 @@ def _limited(
         if params is None:
             raise ValueError(f"{method.where}: {_checks.NO_PARAMS}")
         cold = method._replace(warm=False, iterations=COLD, change=None)
-        matched = matching(part, params, None, method.where)
+        matched = matching(part, params, None, method.split.where)
         of_params = _together(part, _find(cold, part, matched, views, state.vector, state.step)).norm
     measure = _singular.spectral()
     total = merge(measure, jnp.where(jnp.isfinite(norm), norm, 0), table.sizes)
@@ -328,7 +330,7 @@ def _limited(
         limit = limit.reshape(())
     elif limit.shape != norm.shape:
         raise ValueError(
-            f"{method.where}: the limit has shape {limit.shape} for {len(norm)} matrices, "
+            f"{method.split.where}: the limit has shape {limit.shape} for {len(norm)} matrices, "
             f"{_checks.listed(table.names)}. Pass one number, one per matrix, or limits.per_group."
         )
     return jnp.broadcast_to(jnp.maximum(limit, 0).astype(norm.dtype), norm.shape), new

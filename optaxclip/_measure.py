@@ -151,9 +151,7 @@ def across(
     of their indices. Unless `whole`, it may be given parts of the blocks instead.
     """
     own = functools.partial(_across, rows=rows, combine=combine)
-    if axes := () if whole else _local.split_axes(blocks):
-        return _local.by_device(own, blocks, of, axes)
-    return own(blocks, of)
+    return own(blocks, of) if whole else _local.by_device(own, blocks, of)
 
 
 def _across(

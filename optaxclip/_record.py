@@ -15,7 +15,7 @@ from optaxclip._base import Groups, Norm, PyTree
 from optaxclip._measure import across
 from optaxclip._partition import Partition, matching, partition
 from optaxclip._read import Block, blocks_of
-from optaxclip._split import AxisName, axes_of, laid_out
+from optaxclip._split import AxisName, axes_and_layout
 from optaxclip._stretches import Stretches, blank, with_latest
 
 # The histogram of the whole run: four bins for each doubling, from 2^-64 to 2^64. Centres of bins are at most
@@ -233,7 +233,7 @@ def _entries(part: Partition, options: Options, bad: jax.Array) -> jax.Array:
     chosen = part.measured
     arrays, places = [jnp.asarray(part.leaves[k]) for k in chosen], list(chosen.values())
     # Small leaves are merged: every array that a loop is handed takes time, whether it is read or not.
-    splits, laid = axes_of(part, part.leaves, options.split), laid_out(part, part.leaves, options.split)
+    splits, laid = axes_and_layout(part, part.leaves, options.split)
     splits, laid = [splits[k] for k in chosen], [laid[k] for k in chosen]
     firsts = [place.first for place in places]
     blocks = blocks_of(arrays, firsts, places, splits, laid, options.norm.shaped)

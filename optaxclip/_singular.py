@@ -166,7 +166,8 @@ def spectral(iterations: int = 8) -> Norm:
     But for roundings the estimate is never too large. With 8 iterations it was too small by at most 10 % in
     the tests for Gaussian matrices, whose largest singular values are close to each other, and by at most
     0.1 % for matrices of low rank with noise. `clip_by_spectral_norm` remembers its vectors and does with
-    fewer. Of a leaf that `axis_name` splits inside `shard_map`, the largest norm of the parts is taken.
+    fewer. Under `jit` a leaf may be split over devices. Inside `shard_map` one that `axis_name` or `specs`
+    splits is an error, since its norm cannot be had from those of its parts.
 
     Its derivative is that of a simple singular value, and 0 at zero.
 

@@ -10,6 +10,7 @@ from optaxclip import _checks, _singular, responses
 from optaxclip._apply import Nonfinite
 from optaxclip._layouts import Axes
 from optaxclip._matrices import COLD, Found, Method, transformation
+from optaxclip._split import alone
 from optaxclip.limits import LimitLike, as_limit
 
 
@@ -20,6 +21,7 @@ def clip_by_spectral_norm(
     axes: Axes = None,
     stacked: str | None = None,
     nonfinite: Nonfinite = "propagate",
+    axis_name: tuple[()] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales each matrix down so that its largest singular value is at most `max_norm`.
 
@@ -50,7 +52,8 @@ def clip_by_spectral_norm(
     its matrix NaN, or zero, as `nonfinite` says. The vector of a matrix that is zero or not finite stays what
     it was. Entries from 1e-38 to 3e38 are measured right.
 
-    Under `jit` matrices may be split over devices. Inside `shard_map` each device has to hold whole ones.
+    Under `jit` matrices may be split over devices. Inside `shard_map` each device has to hold whole ones: a
+    leaf that varies over a mesh axis is an error there, as `axis_name` says.
 
     Args:
       max_norm: c, the largest singular value to allow: a number, an array of shape `()` or with one entry
@@ -63,6 +66,9 @@ def clip_by_spectral_norm(
       stacked: a regular expression that is found in the paths of leaves whose axis 0 counts layers: each of
         these has a matrix of its own.
       nonfinite: `"propagate"` makes all of a matrix NaN, `"zero"` makes zeros of it; others are untouched.
+      axis_name: pass `()` inside `shard_map` where each device has whole matrices of its own, such as
+        experts. Without it a leaf that varies over a mesh axis is an error where JAX keeps track of it, since
+        it may be a part of a matrix; with `check_vma=False` and under `pmap` a part is taken for a whole.
 
     Returns:
       A transformation with a `SpectralState`: six numbers for each matrix, one for each of its outputs, and
@@ -71,7 +77,8 @@ def clip_by_spectral_norm(
     Raises:
       TypeError: if an argument is of the wrong type.
       ValueError: if a number is out of range, a choice is unknown, a pattern does not compile, `init` finds
-        no stacked leaf or an axis out of range, or `update` gets another tree than `init`.
+        no stacked leaf or an axis out of range, or `update` gets another tree than `init` or leaves that vary
+        over mesh axes.
 
     References:
       Miyato et al., [Spectral Normalization for Generative Adversarial
@@ -89,7 +96,7 @@ def clip_by_spectral_norm(
     where = "clip_by_spectral_norm"
     _checks.whole_number(where, least=1, iterations=iterations)
     limit = as_limit(max_norm, where, "max_norm")
-    method = Method(where, limit, responses.clip(), int(iterations), True, None, nonfinite)
+    method = Method(alone(where, axis_name), limit, responses.clip(), int(iterations), True, None, nonfinite)
     return transformation(method, axes, stacked)
 
 
@@ -101,6 +108,7 @@ def soft_clip_singular_values(
     axes: Axes = None,
     stacked: str | None = None,
     nonfinite: Nonfinite = "propagate",
+    axis_name: tuple[()] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shrinks every singular value smoothly to below `max_value`, and keeps the singular vectors.
 
@@ -138,6 +146,7 @@ def soft_clip_singular_values(
       axes: as in `clip_by_spectral_norm`.
       stacked: likewise.
       nonfinite: likewise.
+      axis_name: likewise.
 
     Returns:
       A transformation with a `SpectralState` without vectors. The norms in it are exact with `"svd"`; with
@@ -164,7 +173,8 @@ def soft_clip_singular_values(
     svd = method == "svd"
     change = _softened if svd else functools.partial(_iterated, iterations=int(iterations))
     limit = as_limit(max_value, where, "max_value")
-    soft = Method(where, limit, responses.soft("sqrt"), 0 if svd else COLD, False, change, nonfinite)
+    split = alone(where, axis_name)
+    soft = Method(split, limit, responses.soft("sqrt"), 0 if svd else COLD, False, change, nonfinite)
     return transformation(soft, axes, stacked)
 
 
@@ -174,6 +184,7 @@ def clip_singular_values(
     axes: Axes = None,
     stacked: str | None = None,
     nonfinite: Nonfinite = "propagate",
+    axis_name: tuple[()] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips every singular value to `max_value`, and keeps the singular vectors.
 
@@ -197,6 +208,7 @@ def clip_singular_values(
       axes: as in `clip_by_spectral_norm`.
       stacked: likewise.
       nonfinite: likewise.
+      axis_name: likewise.
 
     Returns:
       A transformation with a `SpectralState` without vectors.
@@ -220,7 +232,9 @@ def clip_singular_values(
     where = "clip_singular_values"
     limit = as_limit(max_value, where, "max_value")
     return transformation(
-        Method(where, limit, responses.clip(), 0, False, _hardened, nonfinite), axes, stacked
+        Method(alone(where, axis_name), limit, responses.clip(), 0, False, _hardened, nonfinite),
+        axes,
+        stacked,
     )
 
 

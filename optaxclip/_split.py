@@ -15,6 +15,10 @@ from optaxclip._partition import Partition, named_leaves
 AxisName: TypeAlias = str | Sequence[str] | None
 Axes: TypeAlias = tuple[str, ...]
 
+_NO_PARTS = "norms of matrices cannot be put together from those of their parts."
+_EXPERTS = "each device has whole matrices of its own, such as experts"
+_INSTEAD = "else gather the leaf first, clip under jit, or use a norm that is summed, such as norms.l2."
+
 
 class Split(NamedTuple):
     """What a public function was told.
@@ -23,11 +27,13 @@ class Split(NamedTuple):
       where: the function, for errors.
       axis_name: the mesh axes that count, or None if that was left to `specs`, or to nothing.
       specs: the specification of each subtree, by the keys of its path; None if there are none.
+      whole: whether leaves are measured whole, as matrices are: not by parts that are put together.
     """
 
     where: str
     axis_name: Axes | None
     specs: dict[tuple[str, ...], PartitionSpec] | None
+    whole: bool = False
 
     @property
     def axes(self) -> Axes:
@@ -53,12 +59,12 @@ class Split(NamedTuple):
         return tuple(dict.fromkeys(axis for spec in (self.specs or {}).values() for axis in named_in(spec)))
 
 
-def told(where: str, axis_name: AxisName, specs: PyTree = None) -> Split:
+def told(where: str, axis_name: AxisName, specs: PyTree = None, whole: bool = False) -> Split:
     """What the public arguments say, or an error that names the one at fault."""
     if axis_name is not None:
         axis_name = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     if specs is None:
-        return Split(where, axis_name, None)
+        return Split(where, axis_name, None, whole)
     specs = jax.tree.map(lambda x: PartitionSpec() if x is None else x, specs, is_leaf=lambda x: x is None)
     by_keys = {}
     for leaf in named_leaves(specs):
@@ -73,7 +79,17 @@ def told(where: str, axis_name: AxisName, specs: PyTree = None) -> Split:
                 "Name the mesh axes, or None, for each dimension."
             )
         by_keys[leaf.keys] = leaf.value
-    return Split(where, axis_name, by_keys)
+    return Split(where, axis_name, by_keys, whole)
+
+
+def alone(where: str, axis_name: AxisName) -> Split:
+    """As `told`, for methods that decompose matrices, where a device can only measure its own: None or ()."""
+    split = told(where, axis_name, whole=True)
+    if split.axis_name:
+        raise ValueError(
+            f"{where}: axis_name is {axis_name!r}, and {_NO_PARTS} Pass () where {_EXPERTS}; {_INSTEAD}"
+        )
+    return split
 
 
 def named_in(spec: PartitionSpec) -> Axes:
@@ -91,13 +107,33 @@ def axes_of(part: Partition, leaves: Sequence[Any], split: Split) -> tuple[Axes,
 
     Raises:
       ValueError: if a measured leaf varies over an axis and nothing was told, if what was told is not what
-        JAX knows or would add up rows of different groups, or if no specification is for the leaf.
+        JAX knows, would add up rows of different groups or splits what is measured whole, or if no
+        specification is for the leaf.
     """
+    return _axes_of(part, leaves, split, _specs_of(part, split))
+
+
+def axes_and_layout(
+    part: Partition, leaves: Sequence[Any], split: Split
+) -> tuple[tuple[Axes, ...], tuple[Along, ...]]:
+    """What `axes_of` says, and for each leaf, and each of its dimensions, the automatic axes that split it.
+
+    Those are the ones that `specs` name. Empty for leaves that are split over none.
+
+    Raises:
+      ValueError: as in `axes_of`; if a leaf's shape does not allow its specification.
+    """
+    specs = _specs_of(part, split)
+    return _axes_of(part, leaves, split, specs), _laid_out(part, leaves, split, specs)
+
+
+def _axes_of(
+    part: Partition, leaves: Sequence[Any], split: Split, specs: Sequence[PartitionSpec] | None
+) -> tuple[Axes, ...]:
     varying = {k: _mesh.varying_axes(leaves[k]) for k in part.measured}
     if split.axis_name is None and split.specs is None:
-        _check_whole(part, varying, split.where)
+        _check_alone(part, varying, split)
         return ((),) * len(leaves)
-    specs = None if split.specs is None else _by_leaf(part, split.where, split.specs)
     axes = frozenset(split.manual([leaves[k] for k in varying]))
     tracked = _mesh.tracked_axes(axes)
     found: list[Axes] = [()] * len(leaves)
@@ -107,22 +143,21 @@ def axes_of(part: Partition, leaves: Sequence[Any], split: Split) -> tuple[Axes,
             own = axes & set(named_in(specs[k]))
             seen = known if split.axis_name is None else known & axes
             _check_spec(part, k, split.where, specs[k], own & tracked, seen)
+        if own and split.whole:
+            raise ValueError(
+                f"{split.where}: leaf {part.paths[k]!r} counts as split over the mesh axes {_listed(own)}, "
+                f"and {_NO_PARTS} Name other axes in axis_name, or none by (), where {_EXPERTS}; {_INSTEAD}"
+            )
         found[k] = tuple(sorted(own))
     return tuple(found)
 
 
-def laid_out(part: Partition, leaves: Sequence[Any], split: Split) -> tuple[Along, ...]:
-    """For each leaf, and each of its dimensions, the automatic mesh axes that `specs` say it is split over.
-
-    Empty for leaves that are split over none.
-
-    Raises:
-      ValueError: if there is no specification for a leaf, or one that the leaf's shape does not allow.
-    """
+def _laid_out(
+    part: Partition, leaves: Sequence[Any], split: Split, specs: Sequence[PartitionSpec] | None
+) -> tuple[Along, ...]:
     sizes = split.automatic([leaves[k] for k in part.measured])
     found: list[Along] = [()] * len(leaves)
-    if sizes and split.specs is not None:
-        specs = _by_leaf(part, split.where, split.specs)
+    if sizes and specs is not None:
         for k in part.measured:
             found[k] = _laid(part.paths[k], leaves[k].shape, specs[k], split.where, sizes)
     return tuple(found)
@@ -144,15 +179,21 @@ def _laid(path: str, shape: tuple[int, ...], spec: PartitionSpec, where: str, si
     return (*laid, *((),) * (len(shape) - len(laid)))
 
 
-def _check_whole(part: Partition, varying: dict[int, frozenset[str]], where: str) -> None:
+def _check_alone(part: Partition, varying: dict[int, frozenset[str]], split: Split) -> None:
+    """Nothing was told: then no leaf may vary."""
     some = [k for k, axes in varying.items() if axes]
     if some:
         own, union = (_listed(frozenset().union(*(varying[k] for k in few))) for few in (some[:1], some))
+        advice = (
+            f"axis_name is missing. Pass axis_name={union} to measure the parts of all devices together, or "
+            "axis_name=() to have each device measure its own."
+        )
+        if split.whole:
+            advice = f"{_NO_PARTS} Pass axis_name=() where {_EXPERTS}; {_INSTEAD}"
         raise ValueError(
-            f"{where}: leaf {part.paths[some[0]]!r} varies over the mesh axes {own}, as {len(some)} of "
-            f"{len(varying)} leaves vary, and axis_name is missing. Pass axis_name={union} to measure the "
-            "parts of all devices together, or axis_name=() to have each device measure its own. Gradients "
-            "that are not yet averaged over an axis vary over it too: average them first."
+            f"{split.where}: leaf {part.paths[some[0]]!r} varies over the mesh axes {own}, as {len(some)} of "
+            f"{len(varying)} leaves vary, and {advice} Gradients that are not yet averaged over an axis vary "
+            "over it too: average them first."
         )
 
 
@@ -177,18 +218,20 @@ def _check_spec(
             )
 
 
-def _by_leaf(part: Partition, where: str, specs: dict[tuple[str, ...], PartitionSpec]) -> list[PartitionSpec]:
-    """The specification of each leaf: that of the smallest subtree it is in."""
+def _specs_of(part: Partition, split: Split) -> list[PartitionSpec] | None:
+    """The specification of each leaf: that of the smallest subtree it is in; None if there are none."""
+    if split.specs is None:
+        return None
     # By path, so that containers may differ; the tree's own, which the names of groups may replace.
     own = named_leaves(jax.tree.unflatten(part.treedef, range(len(part.paths))))
     found = []
     for leaf, place in zip(own, part.places, strict=True):
-        at = _paths.nearest(leaf.keys, specs)
-        spec = None if at is None else specs[at]
+        at = _paths.nearest(leaf.keys, split.specs)
+        spec = None if at is None else split.specs[at]
         if spec is None and place is not None:
-            known = _checks.listed("/".join(keys) for keys in specs)
+            known = _checks.listed("/".join(keys) for keys in split.specs)
             raise ValueError(
-                f"{where}: specs has none for leaf {leaf.path!r}, among {known or 'nothing'}. Pass a "
+                f"{split.where}: specs has none for leaf {leaf.path!r}, among {known or 'nothing'}. Pass a "
                 "tree prefix of the updates, as in_specs of shard_map."
             )
         found.append(spec or PartitionSpec())

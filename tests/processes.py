@@ -41,6 +41,7 @@ class Job(NamedTuple):
       checkpoint: the folder of the checkpoint.
       part: "all" steps; "killed", to write a checkpoint on the way and lose the last process after it; or the
         "rest", from the checkpoint on.
+      told: whether the optimizer is told how parameters are split.
     """
 
     rank: int
@@ -50,12 +51,13 @@ class Job(NamedTuple):
     results: str
     checkpoint: str = ""
     part: str = "all"
+    told: bool = False
 
 
-def optimizer():
+def optimizer(specs):
     return optax.chain(
-        oc.record(capacity=STEPS, stretches=2, params=True),
-        oc.zclip(decay=0.8, z=2.0, max_norm=None, warmup=2, groups=GROUPS),
+        oc.record(capacity=STEPS, stretches=2, params=True, specs=specs),
+        oc.zclip(decay=0.8, z=2.0, max_norm=None, warmup=2, groups=GROUPS, specs=specs),
         optax.adamw(1e-2),
     )
 
@@ -87,9 +89,9 @@ def loss_of(params, batch):
 class Trainer:
     """Parameters split as in FSDP, the state of AdamW as they are, and the batch over the same axis."""
 
-    def __init__(self, devices):
+    def __init__(self, devices, told=False):
         mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-        self.tx = optimizer()
+        self.tx = optimizer(LAYOUT if told else None)
         self.batched, self.whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
         params = jax.tree.map(
             lambda shape, spec: jax.ShapeDtypeStruct(shape, np.float32, sharding=NamedSharding(mesh, spec)),
@@ -183,7 +185,7 @@ def main():
     if job.processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"127.0.0.1:{job.port}", job.processes, job.rank)
-    trainer = Trainer(jax.devices())
+    trainer = Trainer(jax.devices(), job.told)
     found = train(trainer, job)
     np.savez(job.results, **trainer.split(*found), **trainer.results(*found))
     if job.processes > 1:

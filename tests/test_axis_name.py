@@ -4,6 +4,7 @@ The tables in docs/scaling.md say the same.
 """
 
 import functools
+import inspect
 import re
 
 import jax
@@ -180,6 +181,17 @@ def test_under_pmap():
             assert_same((actual, jax.tree.map(lambda x, own=own: x[own], state)), expected)
 
 
+@pytest.mark.parametrize("make", [oc.clip_by_global_norm, oc.clip_by_leafwise_norm])
+def test_under_pmap_all_groups_share_one_all_reduce(make):
+    """It has four bytes for each group."""
+    grads = {f"layer_{k}": jnp.ones((8, 4 + k)) for k in range(5)}
+    tx = make(1.0, axis_name="devices")
+    inside = jax.pmap(lambda g: tx.update(g, tx.init(g)), "devices", devices=jax.devices("cpu")[:8])
+    (found,) = hlo.collectives(hlo.parse(inside.lower(grads).compile()))
+    groups = len(tx.init(grads).norm)
+    assert (found.kind, found.operands, found.nbytes) == ("all-reduce", 1, 4 * groups)
+
+
 def test_only_axes_in_both_count():
     """With axis_name beside specs, axes that it leaves out are not summed over."""
     specs = {"w": P("data", "model")}
@@ -290,31 +302,71 @@ def test_named_it_is_right():
 
 
 def update_of(tx):
-    return lambda grads: tx.update(grads, tx.init(grads))[0]
+    return lambda grads: tx.update(grads, tx.init(grads), grads)[0]
 
 
-FORGETFUL = {
-    "rescale_by_norm": update_of(oc.rescale_by_norm(1.0, groups=oc.groups.leaf())),
-    "clip_by_leafwise_norm": update_of(oc.clip_by_leafwise_norm(1.0)),
-    "rescale_tree": lambda grads: oc.rescale_tree(grads, 1.0)[0],
-    "group_norms": oc.group_norms,
-    "record": update_of(oc.record()),
-    "skip_updates": update_of(oc.skip_updates(optax.sgd(1.0), 1.0)),
-    "carry_clipped": update_of(oc.carry_clipped(oc.clip_by_value(1.0))),
-    "scale_by_stable_adam": update_of(oc.scale_by_stable_adam()),
-    "adaptive_value_clip": update_of(oc.adaptive_value_clip()),
+MATRICES = {"split": jnp.arange(32.0).reshape(16, 2), "whole": jnp.ones((4, 2))}
+ARGUMENTS = {  # of the transformations that need some
+    "adaptive_grad_clip": (0.1,),
+    "carry_clipped": (oc.clip_by_value(1.0),),
+    "clip_by_block_rms": (1.0,),
+    "clip_by_global_norm": (1.0,),
+    "clip_by_groupwise_norm": (1.0, oc.groups.leaf()),
+    "clip_by_historical_norm": (1.0,),
+    "clip_by_layerwise_norm": (1.0,),
+    "clip_by_leafwise_norm": (1.0,),
+    "clip_by_spectral_norm": (1.0,),
+    "clip_by_unitwise_norm": (1.0,),
+    "clip_by_value": (1.0,),
+    "clip_singular_values": (1.0,),
+    "larc": (0.1,),
+    "normalize_by_global_norm": (1.0,),
+    "normalize_by_layerwise_norm": (1.0,),
+    "rescale_by_norm": (1.0,),
+    "reset_momentum": (optax.sgd(1.0),),
+    "skip_updates": (optax.sgd(1.0), 1.0),
+    "soft_clip_singular_values": (1.0,),
+    "stable_adamw": (0.1,),
 }
+WHOLE = ["clip_by_spectral_norm", "clip_singular_values", "soft_clip_singular_values"]  # of whole matrices
+BY_ENTRY = ["acclip", "clip_by_value", "mask_spikes", "reset_momentum"]  # which need nothing of other devices
+TRANSFORMATIONS = [
+    name
+    for name in oc.__all__
+    if inspect.get_annotations(getattr(oc, name)).get("return") is optax.GradientTransformationExtraArgs
+    and name != "clip_per_example"  # where examples vary
+]
+MADE_OF = {"stable_adamw": "scale_by_stable_adam"}  # the one that its errors name
+FUNCTIONS = {"group_norms": oc.group_norms, "rescale_tree": lambda grads: oc.rescale_tree(grads, 1.0)[0]}
 
 
-@pytest.mark.parametrize("where", FORGETFUL)
+def step_of(name):
+    return FUNCTIONS.get(name) or update_of(getattr(oc, name)(*ARGUMENTS.get(name, ())))
+
+
+def test_every_transformation_is_looked_at():
+    """A new one is in the list by itself; these are some that have to be in it."""
+    assert {*ARGUMENTS, *BY_ENTRY, "adagc", "record", "zclip"} <= set(TRANSFORMATIONS)
+
+
+@pytest.mark.parametrize("where", [*FUNCTIONS, *(name for name in TRANSFORMATIONS if name not in BY_ENTRY)])
 def test_forgotten_it_is_an_error_where_jax_keeps_track(where):
     """Each device would take the norm of its part for that of the whole."""
+    missing = r"axis_name is missing\. Pass axis_name=\('data',\) to .* or axis_name=\(\) to have each device"
+    if where in WHOLE:
+        missing = r"norms of matrices cannot be put together .*\. Pass axis_name=\(\) where .* else gather"
     message = (
-        rf"^{where}: leaf 'split' varies over the mesh axes \('data',\), as 1 of 2 leaves vary, and "
-        r"axis_name is missing\. Pass axis_name=\('data',\) to .* or axis_name=\(\) to have each device"
+        rf"^{MADE_OF.get(where, where)}: leaf 'split' varies .* \('data',\), as 1 of 2 leaves vary, and "
     )
-    with pytest.raises(ValueError, match=message):
-        mapped(FORGETFUL[where], (TWO_SPECS,), P("data"))(TWO)
+    with pytest.raises(ValueError, match=message + missing):
+        mapped(step_of(where), (TWO_SPECS,), P("data"))(MATRICES)
+
+
+@pytest.mark.parametrize("method", BY_ENTRY)
+def test_what_looks_at_single_entries_has_nothing_to_forget(method):
+    """Inside shard_map it does to the parts what it does to the whole."""
+    step = step_of(method)
+    assert_same(mapped(step, (TWO_SPECS,), TWO_SPECS)(MATRICES), jax.jit(step)(MATRICES))
 
 
 def test_forgotten_it_is_an_error_where_means_are_taken():
@@ -353,6 +405,103 @@ def test_leaves_that_are_only_scaled_may_vary():
     groups = oc.groups.regex({oc.groups.scaled_only("all"): "split", "all": ".*"})
     step = mapped(lambda g: oc.rescale_tree(g, 1.0, groups=groups)[0], (TWO_SPECS,), TWO_SPECS)
     np.testing.assert_allclose(step(TWO)["split"], np.full(16, 0.5), rtol=1e-6)
+
+
+SPECTRAL = {  # what measures matrices that are split over `data`, each in its own way
+    "rescale_by_norm": lambda **kw: update_of(oc.rescale_by_norm(1.0, norm=oc.norms.spectral(), **kw)),
+    "rescale_tree": lambda **kw: lambda g: oc.rescale_tree(g, 1.0, norm=oc.norms.spectral(), **kw)[0],
+    "group_norms": lambda **kw: lambda g: oc.group_norms(g, norm=oc.norms.spectral(), **kw),
+    "record": lambda **kw: update_of(oc.record(norm=oc.norms.spectral(), **kw)),
+}
+
+
+@pytest.mark.parametrize("where", SPECTRAL)
+def test_the_largest_singular_value_is_not_that_of_the_parts(where):
+    """Named or not, axes that split a matrix are an error: the norm of the largest part is too small."""
+    for options in ({"axis_name": "data"}, {"specs": TWO_SPECS}):
+        message = (
+            rf"^{where}: leaf 'split' counts as split over the mesh axes \('data',\), and norms of matrices "
+            r"cannot be put together .* or none by \(\), where each device has whole matrices .* else gather"
+        )
+        with pytest.raises(ValueError, match=message):
+            mapped(SPECTRAL[where](**options), (TWO_SPECS,), P("data"))(MATRICES)
+        with pytest.raises(ValueError, match=message):
+            mapped(SPECTRAL[where](**options), (TWO_SPECS,), P("data"), check_vma=False)(MATRICES)
+    with pytest.raises(ValueError, match=rf"^{where}: leaf 'split' varies .*Pass axis_name=\(\) where each"):
+        mapped(SPECTRAL[where](), (TWO_SPECS,), P("data"))(MATRICES)
+
+
+def test_matrices_that_are_not_split_are_measured_beside_those_of_other_axes():
+    """The axes that are named may split none of the matrices: then they are whole, and so is the norm."""
+    step = SPECTRAL["group_norms"](axis_name="model")
+    found = mapped(lambda g: step(g)["w"][None], (P("data"),), P("data"))({"w": EXPERTS["kernel"][:4]})
+    expected = [np.linalg.norm(np.float64(x), 2) for x in EXPERTS["kernel"][:4]]
+    np.testing.assert_allclose(found, expected, rtol=1e-2)
+
+
+def test_matrices_of_a_gathered_leaf_are_whole():
+    """What the error says to do: gathered, a leaf has the singular values that it has on one device."""
+    tx = oc.clip_singular_values(1.0)
+
+    def step(part):
+        # Zeros but for the own part, summed: the same on all devices, as JAX can tell.
+        whole = jnp.zeros((16, 2)).at[jax.lax.axis_index("data") * 4 + jnp.arange(4)].set(part)
+        return update_of(tx)({"w": jax.lax.psum(whole, "data")})["w"]
+
+    found = mapped(step, (P("data"),), P())(MATRICES["split"])
+    assert_same(found, update_of(tx)({"w": MATRICES["split"]})["w"], rtol=1e-5)
+
+
+EXPERTS = {
+    "kernel": np.random.default_rng(5).normal(size=(8, 6, 4)).astype(np.float32),
+    "bias": np.random.default_rng(6).normal(size=(8, 4)).astype(np.float32),
+}
+BY_MATRIX = {
+    "clip_by_spectral_norm": functools.partial(oc.clip_by_spectral_norm, iterations=20),
+    "clip_singular_values": oc.clip_singular_values,
+    "soft_clip_singular_values": oc.soft_clip_singular_values,
+    "soft, newton_schulz": functools.partial(oc.soft_clip_singular_values, method="newton_schulz"),
+    "rescale_by_norm": lambda limit, stacked, **kw: oc.rescale_by_norm(
+        limit, groups=oc.groups.stacked(oc.groups.leaf(), stacked), norm=oc.norms.spectral(20), **kw
+    ),
+}
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+@pytest.mark.parametrize("method", BY_MATRIX)
+def test_each_device_may_have_whole_matrices_of_its_own(method, check_vma):
+    """Experts are clipped where they are, with axis_name=(), as on one device; so are their statistics."""
+    make = functools.partial(BY_MATRIX[method], 2.0, stacked="")
+
+    def two(grads, **options):
+        tx = make(**options)
+        _, state = tx.update(grads, tx.init(grads))
+        updates, state = tx.update(grads, state)
+        return updates, state.norm.reshape(2, -1).mT  # by leaf, of which each has a row per expert
+
+    step = mapped(functools.partial(two, axis_name=()), (P("data"),), P("data"), check_vma=check_vma)
+    assert_same(step(EXPERTS), jax.jit(two)(EXPERTS), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [getattr(oc, name) for name in WHOLE])
+def test_the_axes_of_matrices_are_an_error_of_the_factory(make):
+    """Nothing that they could be told would help."""
+    message = (
+        rf"^{make.__name__}: axis_name is 'data', and norms of matrices cannot be put together from those of "
+        r"their parts\. Pass \(\) where each device has whole matrices of its own, such as experts; else "
+    )
+    with pytest.raises(ValueError, match=message):
+        make(1.0, axis_name="data")
+
+
+def test_parameters_of_matrices_must_be_whole_too():
+    """A limit relative to parameters that vary is an error, though the gradients do not."""
+    tx = oc.clip_by_spectral_norm(oc.limits.relative(0.1))
+    step = mapped(lambda g, p: tx.update({"w": g}, tx.init({"w": g}), {"w": p})[0], (P(), P("data")), P())
+    with pytest.raises(
+        ValueError, match=r"^clip_by_spectral_norm: leaf 'w' varies .* cannot be put together"
+    ):
+        step(jnp.ones((4, 2)), MATRICES["split"])
 
 
 def test_examples_vary_over_the_axis_of_the_batch():
@@ -499,6 +648,24 @@ GLOBAL = {
         {"embed": P("data"), "stages": P("stage"), "head": P()},
         {"embed": [1.0, 5.0], "stages": [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]], "head": [2.5]},
     ),
+    "stages of experts": (
+        ("stage", "expert", "data"),
+        (2, 2, 2),
+        {
+            "embed": P("data"),
+            "experts": P("stage", "expert", "data"),
+            "head": P(),
+            "norms": P("stage"),
+            "routers": P("stage", None, "data"),
+        },
+        {
+            "embed": [1.0, 5.0],
+            "experts": [[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]],
+            "head": [2.5],
+            "norms": [9.0, 10.0],
+            "routers": [[[3.0, 1.0]], [[4.0, 1.0]]],
+        },
+    ),
 }
 
 
@@ -525,10 +692,14 @@ def test_the_global_norm_is_that_of_all_parameters(case, check_vma):
 
 
 @pytest.mark.parametrize("check_vma", [False, True])
-@pytest.mark.parametrize("axis", ["expert", "stage"])
-def test_a_norm_for_each_expert_or_stage(axis, check_vma):
-    """Leave their axis out of axis_name: the norms are those of a device's own, one after the other."""
-    specs = {"blocks": {"b": P(axis), "w": P(axis, "data")}}
+@pytest.mark.parametrize("axes", [("expert", "data"), ("stage", "data"), ("stage", "expert", "data")])
+def test_a_norm_for_each_expert_or_stage(axes, check_vma):
+    """Leave their axis out of axis_name: the norms are those of a device's own, one after the other.
+
+    On three axes those of a stage are over all of its experts.
+    """
+    axis, *others = axes
+    specs = {"blocks": {"b": P(axis), "w": P(axis, *others)}}
     rng = np.random.default_rng(3)
     grads = {"blocks": {"b": rng.normal(size=(8, 3)), "w": rng.normal(size=(8, 6, 2))}}
     grads = jax.tree.map(np.float32, grads)
@@ -537,10 +708,11 @@ def test_a_norm_for_each_expert_or_stage(axis, check_vma):
     )
 
     def step(grads):
-        updates, stats = clip(grads, axis_name="data", specs=specs)
+        updates, stats = clip(grads, axis_name=others, specs=specs)
         return updates, stats.norm
 
-    inside = mapped(step, (specs,), (specs, P(axis)), mesh=mesh((2, 4), ("data", axis)), check_vma=check_vma)
+    on = mesh((4, 2) if len(axes) == 2 else (2, 2, 2), axes)
+    inside = mapped(step, (specs,), (specs, P(axis)), mesh=on, check_vma=check_vma)
     expected, stats = clip(grads)
     assert stats.norm.shape == (8,)
     assert_same(inside(grads), (expected, stats.norm))

@@ -112,14 +112,15 @@ def expected():
         return trainer.results(*trainer.steps(*trainer.start(), range(processes.STEPS)))
 
 
-@pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
-def test_processes_together_get_what_one_gets(count, devices, expected, tmp_path):
+@pytest.mark.parametrize(("count", "devices", "told"), [(2, 2, False), (4, 1, True)])
+def test_processes_together_get_what_one_gets(count, devices, told, expected, tmp_path):
     """Parameters, state, recording and metrics do not depend on how many processes train, and all see them.
 
+    Nor do they on whether the optimizer is told, in `specs`, how parameters are split.
     Of a recording that is split over processes, History says so, and how to put it together.
     """
     assert expected["clip/factor/whole"] < 0.5  # the limit that was learned is what the last update is cut to
-    for found in results(tmp_path / "run", count, devices):
+    for found in results(tmp_path / "run", count, devices, told=told):
         said, whole = str(found.pop("said")), found.pop("whole")
         assert said.startswith("History.from_state: 'norm' in the RecordState is split over the devices of")
         assert "process_allgather(state, tiled=True)" in said
@@ -127,13 +128,17 @@ def test_processes_together_get_what_one_gets(count, devices, expected, tmp_path
         assert_same(found, expected)
 
 
-def test_a_killed_run_goes_on_with_other_devices(expected, tmp_path):
-    """From a checkpoint of four processes, two go on, or one, with the numbers of a run left in peace."""
+@pytest.mark.parametrize(("before", "after"), [(4, (2, 1)), (2, (4,))])
+def test_a_killed_run_goes_on_with_other_devices(before, after, expected, tmp_path):
+    """From a checkpoint of four processes, two go on, or one, with the numbers of a run left in peace.
+
+    From one of two, four go on.
+    """
     checkpoint = str(tmp_path / "checkpoint")
-    codes = run(tmp_path / "killed", 4, 1, checkpoint=checkpoint, part="killed")
+    codes = run(tmp_path / "killed", before, 1, checkpoint=checkpoint, part="killed")
     assert codes[-1] == -signal.SIGKILL, output(tmp_path / "killed")
     assert 0 not in codes
-    for count in (2, 1):
+    for count in after:
         for found in results(tmp_path / f"rest of {count}", count, 1, checkpoint=checkpoint, part="rest"):
             del found["said"], found["whole"]
             assert_same(found, expected)

@@ -2,8 +2,12 @@
 
 import collections
 import functools
+import json
 import math
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -187,6 +191,92 @@ def test_known_axes_cost_one_all_reduce_for_each_set(kind, layout, method):
     assert set(found) == {"all-reduce"}
     assert len(found["all-reduce"]) == measured * AXIS_SETS[layout]
     assert max(found["all-reduce"]) <= len(METHODS[method]().init(GRADS).norm)
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_norms_of_split_units_come_out_whole(kind):
+    """Each unit that is split costs one number in the all-reduce, and all devices hold the norms of all.
+
+    In the layout of tensor parallelism that is each unit but `head/scale`.
+    """
+    compiled = on_all_devices(kind, "tensor", "unit")
+    state = METHODS["unit"]().init(GRADS)
+    assert collectives(compiled) == {"all-reduce": [len(state.norm) - 1]}
+    _, shardings = compiled.output_shardings
+    assert jax.tree.all(jax.tree.map(lambda sharding: sharding.is_fully_replicated, shardings))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["auto", *KNOWN, "shard_map"])
+def test_sixteen_bits_are_summed_in_float32_over_all_devices(kind, dtype):
+    """Norms are right to float32's digits where squares overflow too, and leaves keep dtype and sharding."""
+    layout, mesh = LAYOUTS["mixed"], mesh_of("auto" if kind == "shard_map" else kind)
+    inside = {"axis_name": ("data", "model")} if kind == "shard_map" else telling(kind)
+    tx, alone = METHODS["layer"](**inside), METHODS["layer"]()
+    step, one = (lambda grads, tx=tx: tx.update(grads, tx.init(grads)) for tx in (tx, alone))
+    if kind == "shard_map":
+        step = jax.shard_map(step, mesh=mesh, in_specs=(layout,), out_specs=(layout, P()))
+    short = jax.tree.map(lambda x: x.astype(dtype), GRADS)
+    compiled = jax.jit(step).lower(put(short, mesh, layout)).compile()
+    one = jax.jit(one).lower(short).compile()
+    largest = {"bfloat16": 1e20, "float16": 1e4}[dtype]
+    for factor in (1.0, largest, 1e-3):
+        grads = jax.tree.map(lambda x, factor=factor: (factor * np.float64(x)).astype(dtype), GRADS)
+        updates, state = compiled(put(grads, mesh, layout))
+        exact = [
+            np.sqrt(sum(np.sum(np.square(np.float64(x))) for x in grads[name].values()))
+            for name in sorted(grads)
+        ]
+        np.testing.assert_allclose(state.norm, exact, rtol=1e-6)
+        expected, _ = one(grads)
+        for found, value, spec in zip(*map(jax.tree.leaves, (updates, expected, layout)), strict=True):
+            assert found.dtype == value.dtype == dtype
+            assert found.sharding.is_equivalent_to(NamedSharding(mesh, spec), found.ndim)
+            # Factors may differ in the last digit of float32, and then products in that of 16 bits.
+            np.testing.assert_allclose(*map(np.float64, (found, value)), rtol=float(jnp.finfo(dtype).eps))
+    assert set(collectives(compiled)) == {"all-reduce"}
+    assert len(collectives(compiled)["all-reduce"]) <= AXIS_SETS["mixed"]
+
+
+COUNT_ON_64 = """
+import json, jax
+jax.config.update("jax_num_cpu_devices", 64)
+from benchmarks import hlo, scaling
+from benchmarks.scaling import Case
+for case in json.loads(input()):
+    counts = []
+    for wide in (False, True):
+        found = hlo.collectives(hlo.parse(scaling.compiled(Case(*case, wide=wide))))
+        counts.append(sorted((one.kind, one.operands, one.nbytes) for one in found))
+    print(json.dumps(counts))
+"""
+
+
+def test_what_is_exchanged_does_not_depend_on_the_number_of_devices():
+    """On 64 devices an update has the collectives, and the bytes in them, that it has on eight."""
+    cases = [
+        ("jit", "fsdp", "leaf", "clip", 8),
+        ("specs", "mixed", "stacked", "clip", 64),
+        ("specs", "tensor", "unit", "clip", 10_000),
+        ("jit", "tensor", "unit", "clip", 10_000),
+        ("explicit", "fsdp", "unit", "clip", 100_000),
+    ]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    found = subprocess.run(
+        [sys.executable, "-c", COUNT_ON_64],
+        input=json.dumps(cases),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    counts = dict(zip(cases, map(json.loads, found.stdout.splitlines()), strict=True))
+    for eight, sixty_four in counts.values():
+        assert eight == sixty_four
+    # Four bytes for each group, which are the units of the kernel and the bias.
+    assert counts[cases[-1]][1] == [["all-reduce", 1, 4 * 100_001]]
+    assert [kind for kind, *_ in counts[cases[-2]][1]] == ["all-gather", "all-reduce"]
 
 
 @pytest.mark.parametrize(("kind", "layout", "method"), [p for p in SETTINGS if p.values[2] in ONE_ROW])
@@ -494,7 +584,7 @@ def test_specs_that_are_not_how_leaves_lie_move_leaves_and_change_nothing(specs)
 MISFITS = [
     (
         {"a": P("data"), "b": P("data")},
-        r"rescale_by_norm: leaf 'b' of shape \(6,\) cannot be split as its specification, .*'data'.*, "
+        r"clip_by_global_norm: leaf 'b' of shape \(6,\) cannot be split as its specification, .*'data'.*, "
         "says: dimension 0 does not divide by 4 devices",
     ),
     (
