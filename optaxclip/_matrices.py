@@ -318,7 +318,7 @@ def _limited(
     of_params = None
     if rule.needs_params:
         if params is None:
-            raise ValueError(f"{method.where}: {_checks.NO_PARAMS}")
+            raise ValueError(f"{method.split.where}: {_checks.NO_PARAMS}")
         cold = method._replace(warm=False, iterations=COLD, change=None)
         matched = matching(part, params, None, method.split.where)
         of_params = _together(part, _find(cold, part, matched, views, state.vector, state.step)).norm

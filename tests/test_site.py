@@ -52,7 +52,14 @@ WITHOUT_FORMULA = {
     *("History.from_csv", "History.from_jsonl", "History.from_metrics", "History.from_state"),
     *("History.load", "History.save", "History.table", "History.plot", "History.to_html"),
     *("History.first_nonfinite", "History.advise", "Advice", "Advice.transformation", "Rule"),
-    *("History.compare", "Comparison", "Comparison.cells", "Comparison.table", "Replay.clipped"),
+    *(
+        "History.compare",
+        "Comparison",
+        "Comparison.cells",
+        "Comparison.table",
+        "Comparison.title",
+        "Replay.clipped",
+    ),
 }
 
 # What is this library's own: a few groupings, and whatever describes, logs and records, with its types.

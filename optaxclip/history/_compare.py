@@ -82,7 +82,13 @@ class Comparison:
     nonfinite: int = 0
 
     def title(self) -> str:
-        """How many steps there are of each kind."""
+        """How many steps there are of each kind.
+
+        >>> import optaxclip as oc
+        >>> history = oc.History(["a", "b"], [[3.0, 4.0]] * 9 + [[3.0, 400.0]])
+        >>> history.compare({"none": float("inf")}).title()
+        '10 steps, 1 of them spikes'
+        """
         others = {
             "before norms settled": self.settling,
             "growing towards the end": self.growing,
