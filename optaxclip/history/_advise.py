@@ -284,7 +284,8 @@ def _advised(
     beside = {} if policy == "none" else {f"advised: {policy}": advice.replay(case.history)}
     for replay in beside.values() if case.optimizer == "sgd" else ():
         # Before the last reason, which is why.
-        said = [*said[:-1], *_reasons.clips_most(replay.acted[case.found.kept], len(case.history)), said[-1]]
+        often = _reasons.clips_most(replay.acted[case.found.kept], len(case.history), policy)
+        said = [*said[:-1], *often, said[-1]]
     if ordinary < case.rule.least_steps:
         return dataclasses.replace(advice, reasons=tuple(said))
     comparison = compare(case.history, beside | _candidates(case), case.rule)

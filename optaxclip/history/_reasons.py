@@ -15,14 +15,17 @@ MOST = 0.5  # of the steps
 TURNED = 0.99  # the cosine of 8 degrees; a smaller angle is no reason against a policy
 
 
-def clips_most(acted: np.ndarray, steps: int) -> list[str]:
+def clips_most(acted: np.ndarray, steps: int, policy: str) -> list[str]:
     """That clipping sets the length of steps, where it does; `acted` is of those that are finite."""
     if not acted.mean() > MOST:
         return []
     which = "recorded steps" if len(acted) == steps else "finite steps"
+    whose, instead = "", "a lower learning rate does much the same"
+    if policy == "outliers":
+        whose, instead = " of these rows", "so would a lower learning rate of their own"
     return [
-        f"What is advised clips {percent(acted.mean())} of the {len(acted)} {which}: it sets how long steps "
-        "are, rather than holding a few; a lower learning rate does much the same."
+        f"What is advised clips {percent(acted.mean())} of the {len(acted)} {which}: it sets how long steps"
+        f"{whose} are, rather than holding a few; {instead}."
     ]
 
 
