@@ -14,6 +14,7 @@ import optaxclip as oc
 
 def main(steps: int = 200) -> None:
     """Trains, and prints what was clipped."""
+    keras.utils.set_random_seed(0)
     layers = [keras.layers.Dense(64, "relu", name=f"hidden_{k}") for k in range(2)]
     model = keras.Sequential([keras.Input((64,)), *layers, keras.layers.Dense(10, name="head")], name="mlp")
     groups = oc.groups.layer(names=[v.path for v in model.trainable_variables])

@@ -740,6 +740,8 @@ def test_it_is_said_if_most_steps_would_be_clipped(name, share):
     assert f"What is advised clips {share} steps: it sets how long steps are" in said
     acted = advice_of(name).replay(history_of(name)).acted
     assert acted[np.isfinite(history_of(name).whole)].all()
+    some = " ".join(advice_of("one layer too long").reasons)
+    assert "it sets how long steps of these rows are, rather than holding a few; so would" in some
 
 
 @pytest.mark.parametrize("name", ["together", "one to blame", "spikes too long", "calm", "adam, spikes"])
