@@ -82,7 +82,7 @@ class Norm(NamedTuple):
       combine: how the partial results of a group's leaves and devices are put together.
       close: from the combined partial results and the numbers of entries, `(rows,)` each, to the norms.
       open: the inverse of `close`, from norms and numbers of entries, `(rows,)` each.
-      degree: the power with which partial results grow.
+      degree: the power with which partial results grow, from 1.
       shaped: whether the shape of a leaf matters, so that leaves must not be flattened to be read together.
 
     >>> import jax.numpy as jnp, optaxclip as oc

@@ -118,6 +118,11 @@ def spec(where: str, kind: type, **arguments: Any) -> None:
                 f"{where}: {name} is {shown}of type {type(value).__name__}. "
                 f"Pass one of optaxclip.{module}.{hint}"
             )
+        if kind.__name__ == "Norm" and not value.degree >= 1:
+            raise ValueError(
+                f"{where}: {name} has the degree {value.degree!r}, below 1. Pass a norm whose partial "
+                "results grow at least as fast as entries."
+            )
 
 
 def listed(names: Iterable[str], most: int = 12) -> str:

@@ -25,6 +25,10 @@ def update(tx, updates=PARAMS, params=None, of=PARAMS):
 
 FACTORY = [
     (
+        lambda: oc.rescale_by_norm(1.0, norm=oc.norms.l1()._replace(degree=0.5)),
+        "rescale_by_norm: norm has the degree 0.5, below 1. Pass a norm whose partial results grow at",
+    ),
+    (
         lambda: oc.clip_by_global_norm(-1),
         "clip_by_global_norm: max_norm is -1, not among the numbers from 0 to",
     ),
