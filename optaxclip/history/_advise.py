@@ -282,15 +282,13 @@ def _advised(
         policy, chosen.groups, chosen.limit, within, chosen.code, tuple(said), None, made, at_start, ordinary
     )
     beside = {} if policy == "none" else {f"advised: {policy}": advice.replay(case.history)}
-    for replay in beside.values() if case.optimizer == "sgd" else ():
-        # Before the last reason, which is why.
-        often = _reasons.clips_most(replay.acted[case.found.kept], len(case.history), policy)
-        said = [*said[:-1], *often, said[-1]]
     if ordinary < case.rule.least_steps:
-        return dataclasses.replace(advice, reasons=tuple(said))
+        return advice
     comparison = compare(case.history, beside | _candidates(case), case.rule)
     if case.optimizer != "adam":
-        said = [*said, *_reasons.beside_others(comparison, policy)]
+        *seen, why = said
+        often = _reasons.clips_most(comparison, policy)
+        said = [*seen, *often, why, *_reasons.beside_others(comparison, policy)]
     return dataclasses.replace(advice, reasons=tuple(said), comparison=comparison)
 
 

@@ -15,17 +15,17 @@ MOST = 0.5  # of the steps
 TURNED = 0.99  # the cosine of 8 degrees; a smaller angle is no reason against a policy
 
 
-def clips_most(acted: np.ndarray, steps: int, policy: str) -> list[str]:
-    """That clipping sets the length of steps, where it does; `acted` is of those that are finite."""
-    if not acted.mean() > MOST:
+def clips_most(comparison: Comparison, policy: str) -> list[str]:
+    """That clipping sets the length of steps, where it does."""
+    row = next((row for row in comparison.rows if row.name == f"advised: {policy}"), None)
+    if row is None or not row.touched > MOST:
         return []
-    which = "recorded steps" if len(acted) == steps else "finite steps"
     whose, instead = "", "a lower learning rate does much the same"
     if policy == "outliers":
         whose, instead = " of these rows", "so would a lower learning rate of their own"
     return [
-        f"What is advised clips {percent(acted.mean())} of the {len(acted)} {which}: it sets how long steps"
-        f"{whose} are, rather than holding a few; {instead}."
+        f"What is advised clips {percent(row.touched)} of the ordinary steps: it sets how long steps{whose} "
+        f"are, rather than holding a few; {instead}."
     ]
 
 
