@@ -344,7 +344,7 @@ SPLIT = oc.groups.unit(0)
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (lambda: HISTORY.replay(-1.0), ValueError, r"^History\.replay: limit is -1\.0, among"),
+        (lambda: HISTORY.replay(-1.0), ValueError, r"^History\.replay: limit is -1\.0, not among"),
         (lambda: HISTORY.replay("1"), TypeError, r"^History\.replay: limit is '1', of type str"),
         (lambda: HISTORY.replay(1.0, "leaf"), TypeError, r"^History\.replay: groups is 'leaf'"),
         (lambda: HISTORY.replay(1.0, nonfinite="x"), ValueError, r"^History\.replay: nonfinite is 'x'"),

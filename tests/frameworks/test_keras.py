@@ -195,4 +195,5 @@ def test_the_code_of_advice_runs_on_a_dict_and_wants_names_for_a_list():
     np.testing.assert_allclose(clipped(advice.code, named)[order], expected, rtol=1e-5)
     with_names = advice.code.replace("'.*'})", "'.*'}, names=names)")
     np.testing.assert_allclose(clipped(with_names, params), expected, rtol=1e-5)
-    assert clipped(advice.code, params)[2] == 200  # no leaf of a list has this path
+    with pytest.raises(ValueError, match="no leaf gets a name by"):  # none of a list has this path
+        clipped(advice.code, params)
