@@ -426,8 +426,8 @@ def table(words: list[str], results: list[Result], killed: list[tuple[str, str]]
             f"`python tests/chaos.py {' '.join(words)}`, {datetime.date.today()}: Python "
             f"{platform.python_version()}, {', '.join(versions)}, {jax.devices()[0].platform}.",
             "*Bad* are the steps in which something was not finite, *changed* those in which something that",
-            "was finite was changed, *from disk* says how often the run was gone on with from a checkpoint, and",
-            "*broken* which promises of `tests/promises.py` were not kept.",
+            "was finite was changed, *from disk* says from how many checkpoints the run was gone on with,",
+            "and *broken* which promises of `tests/promises.py` were not kept.",
             "",
             "| method | policy | steps | bad | changed | from disk | broken |",
             "| --- | --- | ---: | ---: | ---: | ---: | --- |",
