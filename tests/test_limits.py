@@ -57,7 +57,9 @@ def test_per_group_limits_know_the_rows_of_their_own_group_alone():
     groups = oc.groups.unit()
     grads = {"a": jnp.ones(4), "b": jnp.ones((2, 3))}
     limit = oc.limits.per_group({"a": oc.limits.percentile(100.0, window=2), "b": oc.limits.budget(3.0)})
-    np.testing.assert_allclose(limits(limit, groups, steps=2, grads=grads), [[2, *[3**0.5] * 3]] * 2, rtol=1e-6)
+    np.testing.assert_allclose(
+        limits(limit, groups, steps=2, grads=grads), [[2, *[3**0.5] * 3]] * 2, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("by", ["uniform", "size"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import re
 import unittest
 
 import chex
@@ -136,7 +137,7 @@ SUITES = {
 }
 
 
-def tests_of(which, *words):
+def names_of(which, *words):
     """The names of its tests whose name and parameters have all of some words."""
     case = SUITES[which]
     names = unittest.TestLoader().getTestCaseNames(case) if case else []
@@ -167,7 +168,7 @@ def initialised(factory):
 
 
 @pytest.mark.skipif(SUITES["clipping"] is None, reason="Optax was installed without its tests")
-@pytest.mark.parametrize("name", tests_of("clipping"))
+@pytest.mark.parametrize("name", names_of("clipping"))
 def test_the_tests_of_optax_pass_with_these_functions_in_place_of_its_own(monkeypatch, name):
     """Optax's tests cannot tell these functions from its own."""
     if name == BY_A_ROUNDING:
@@ -181,7 +182,7 @@ def test_the_tests_of_optax_pass_with_these_functions_in_place_of_its_own(monkey
 
 
 @pytest.mark.skipif(SUITES["monitoring"] is None, reason="Optax was installed without its tests")
-@pytest.mark.parametrize("name", tests_of("monitoring"))
+@pytest.mark.parametrize("name", names_of("monitoring"))
 def test_the_monitors_of_optax_see_the_same_in_front_of_these_functions(monkeypatch, name):
     """What `optax.snapshot` and `optax.monitor` keep is found by name beside the state of the clip."""
     monkeypatch.setattr(clipping, "clip_by_global_norm", oc.clip_by_global_norm)
@@ -210,12 +211,14 @@ def clips_sgd(monkeypatch, chain):
     return calls
 
 
-# Convergence takes 10,000 calls: for one chain.
+# All of them for the first; of the others the narrow and the complex dtypes, and the 10,000 steps until they
+# converge, would say the same again.
 OF_SGD = [
     (chain, name)
     for chain in CHAINS
-    for name in tests_of("alias", "opt_name='sgd'")
-    if chain == "record and leaves" or not name.startswith("test_optimization")
+    for name in names_of("alias", "opt_name='sgd'")
+    if chain == "record and leaves"
+    or not re.search("test_optimization|float16|complex", getattr(SUITES["alias"], name).__doc__)
 ]
 
 
@@ -244,7 +247,7 @@ WRAPPED = [
         ["test_optimizers_can_be_wrapped"],
     )
     if wrapper != "reduce_on_plateau" or "test_optimizers_can_be_wrapped" not in words  # Optax skips it
-    for name in tests_of(
+    for name in names_of(
         "contrib", f"opt_name='sgd', opt_kwargs={{'learning_rate': {rate}}}, wrapper_name='{wrapper}'", *words
     )
 ]
@@ -262,7 +265,7 @@ def test_the_wrappers_of_optax_take_clipped_optimizers(monkeypatch, name):
 @pytest.mark.skipif(None in SUITES.values(), reason="Optax was installed without its tests")
 def test_the_suites_of_optax_are_found():
     """A later Optax may name its tests otherwise; then these lists must follow."""
-    assert len(tests_of("monitoring")) >= 2
-    assert len(tests_of("clipping")) >= 8
-    assert len(OF_SGD) >= 30
+    assert len(names_of("monitoring")) >= 2
+    assert len(names_of("clipping")) >= 8
+    assert len(OF_SGD) >= 24
     assert len(WRAPPED) >= 12
