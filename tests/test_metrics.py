@@ -56,13 +56,14 @@ def test_norm_before_and_after_are_not_to_be_confused():
 @pytest.mark.parametrize(
     ("policy", "entry", "factor"),
     [
+        ("propagate", 0.25, 1.0),
         ("propagate", 0.0, 1.0),
         ("propagate", np.nan, np.nan),
         ("propagate", np.inf, np.nan),
         ("zero", np.nan, 0.0),
     ],
 )
-def test_the_factor_of_the_whole_where_there_is_no_ratio(policy, entry, factor):
+def test_the_factor_of_the_whole_is_a_ratio_where_there_is_one(policy, entry, factor):
     """Of zeros it is 1; of what is not finite it says what became of that."""
     tx, grads = oc.clip_by_global_norm(1.0, nonfinite=policy), {"w": jnp.full(2, entry)}
     _, state = tx.update(grads, tx.init(grads))
