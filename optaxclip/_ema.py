@@ -76,7 +76,7 @@ def ema(
         return jnp.where(ctx.step < warmup, early, jnp.where(known, _multiple(slack, mean, ctx), jnp.inf))
 
     def learn(norm: jax.Array, mean: PyTree, ctx: Context) -> PyTree:
-        seen, later = _followed(norm, limit(norm, mean, None, ctx), mean, decay, ctx)
+        seen, later = _followed(norm, limit(norm, mean, None, ctx), mean, decay, ctx, eps)
         return jnp.where(ctx.step < warmup, jnp.fmin(mean, seen), later)
 
     return learning(lambda rows: full(rows, jnp.inf), learn, limit)
@@ -158,10 +158,10 @@ def _multiple(of: Any, mean: jax.Array, ctx: Context) -> jax.Array:
 
 
 def _followed(
-    norm: jax.Array, limit: jax.Array, mean: jax.Array, decay: Any, ctx: Context
+    norm: jax.Array, limit: jax.Array, mean: jax.Array, decay: Any, ctx: Context, eps: Any = 0.0
 ) -> tuple[jax.Array, jax.Array]:
     """The norms after the response, and their new running means; a limit of NaN teaches nothing."""
-    seen = norm * ctx.response.factor(norm, limit)
+    seen = norm * ctx.response.factor(norm + eps, limit)
     known, old = _started(mean)
     later = jnp.where(known, between(seen, old, decay), seen)
     return seen, jnp.where(jnp.isnan(seen), mean, later)

@@ -1,13 +1,16 @@
 """A small model trained through every disaster at once, for each named method; every step is checked.
 
 `python tests/chaos.py` is the long form: 100,000 updates for each method and policy, restored from
-checkpoints at random steps, and processes that are killed while they write one. `tests/test_chaos.py` is the
-short form.
+checkpoints at random steps, and processes that are killed while they write one. `--output tests/chaos.md`
+writes what came of it to the table there. `tests/test_chaos.py` is the short form.
 """
 
 import argparse
+import datetime
 import functools
+import importlib.metadata
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -293,6 +296,12 @@ class Result(NamedTuple):
             f"\n    broken {n:,} times, first at {at:,}: {what}" for what, (n, at) in self.broken.items()
         )
 
+    def row(self) -> str:
+        """Of the table that is kept."""
+        broken = "; ".join(f"{what}: {n:,} times, first at {at:,}" for what, (n, at) in self.broken.items())
+        counts = f"{self.steps:,} | {self.bad:,} | {self.changed:,} | {self.restored}"
+        return f"| `{self.method}` | {self.policy} | {counts} | {broken or 'none'} |"
+
 
 def trial(
     name: str,
@@ -339,6 +348,8 @@ def trial(
 # Processes that are killed.
 
 STRIDE = 20  # updates between two checkpoints
+# An adaptive limit, a recording in the state, and two that hold an optimizer or a buffer.
+KILLED = ("adagc", "record", "skip_updates", "carry_clipped")
 
 
 def manager(folder: Path) -> Any:
@@ -405,32 +416,64 @@ def left_behind(name: str, folder: Path) -> str:
     return ", ".join(wrong)
 
 
+def table(words: list[str], results: list[Result], killed: list[tuple[str, str]]) -> str:
+    """What came of a run, to be kept."""
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "optax", "orbax-checkpoint")]
+    return "\n".join(
+        [
+            "# The long form of the chaos run",
+            "",
+            f"`python tests/chaos.py {' '.join(words)}`, {datetime.date.today()}: Python "
+            f"{platform.python_version()}, {', '.join(versions)}, {jax.devices()[0].platform}.",
+            "*Bad* are the steps in which something was not finite, *changed* those in which something that",
+            "was finite was changed, *from disk* says from how many checkpoints the run was gone on with,",
+            "and *broken* which promises of `tests/promises.py` were not kept.",
+            "",
+            "| method | policy | steps | bad | changed | from disk | broken |",
+            "| --- | --- | ---: | ---: | ---: | ---: | --- |",
+            *(result.row() for result in results),
+            "",
+            "Killed while writing:",
+            "",
+            "| method | what was left behind |",
+            "| --- | --- |",
+            *(f"| `{name}` | {wrong or 'the checkpoint before, whole'} |" for name, wrong in killed),
+            "",
+        ]
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Trains a small model through every disaster at once.")
     parser.add_argument("--steps", type=int, default=100_000, help="Updates for each method and policy.")
     parser.add_argument("--cuts", type=int, default=8, help="How often to go on from checkpoints.")
-    parser.add_argument("--kills", type=int, default=10, help="How many processes to kill.")
+    parser.add_argument("--kills", type=int, default=12, help=f"Processes to kill, of {', '.join(KILLED)}.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--output", type=Path, help="Where to write what came of it, as a table.")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     told = parser.parse_args()
     if told.child is not None:
         train_and_save(told.methods[0], told.child)
     print(f"{'method':28} {'policy':9} {'steps':>9} {'bad':>8} {'changed':>8} {'from disk':>4}")
-    failed = 0
+    results, ends = [], []
     with tempfile.TemporaryDirectory() as folder:
         for name, policy in CASES:
             if name in told.methods:
-                result = trial(name, policy, told.steps, told.cuts, Path(folder), seed=told.seed)
-                failed += bool(result.broken)
-                print(result, flush=True)
-        for k in range(told.kills):
-            own = Path(folder) / f"killed {k}"
+                results.append(trial(name, policy, told.steps, told.cuts, Path(folder), seed=told.seed))
+                print(results[-1], flush=True)
+        of = [name for name in KILLED if name in told.methods]
+        for k in range(told.kills if of else 0):
+            own, name = Path(folder) / f"killed {k}", of[k % len(of)]
             own.mkdir()
-            wrong = killed("adagc", own, told.seed * 1000 + k)
-            failed += bool(wrong)
-            print(f"killed while writing, {k}: {wrong or 'the checkpoint before is whole'}", flush=True)
-    return int(failed > 0)
+            ends.append((name, killed(name, own, told.seed * 1000 + k)))
+            print(
+                f"{name} killed while writing, {k}: {ends[-1][1] or 'the checkpoint before is whole'}",
+                flush=True,
+            )
+    if told.output is not None:
+        told.output.write_text(table(sys.argv[1:], results, ends), encoding="utf-8")
+    return int(any(result.broken for result in results) or any(wrong for _, wrong in ends))
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def adagc(steps, slack=1.04, decay=0.99, warmup=100, max_norm=1.0, eps=1e-6):
             limit = slack * least[k]
             after.append(held(n, limit, eps))
             if learnable(n):
-                seen = min(n, limit)
+                seen = after[-1]
                 least[k] = seen if np.isinf(least[k]) else decay * least[k] + (1 - decay) * seen
         out.append(after)
     return out

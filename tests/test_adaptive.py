@@ -147,6 +147,13 @@ def test_the_percentile_of_a_whole_run_is_never_outside_what_was_seen(size):
     """Norms beyond the histogram, which ends at 1e-12 and 1e12, fall into its outermost bins."""
     _, state = run(oc.rescale_by_norm(oc.limits.percentile(50.0)), np.float32([size] * 3))
     np.testing.assert_allclose(state.limit, size, rtol=1e-6)
+    # As documented: a checkpoint holds them.
+    assert [x.shape for x in jax.tree.leaves(state.rule)] == [(1, 1410), (1,), (1,)]
+
+
+def test_the_ratio_of_moments_is_1_before_there_are_any():
+    """A group of zeros has had no norm to learn from."""
+    assert run(oc.gradient_stabilizer(), [0.0, np.nan])[1].limit.tolist() == [1]
 
 
 @pytest.mark.parametrize("window", [4, None])
@@ -169,7 +176,7 @@ def test_the_limits_of_zscore_scale_with_the_norms(scale):
 def test_adagc_follows_its_equations_for_several_leaves():
     """The warm-up clips the whole update; then each leaf has a mean of its own."""
     steps = np.stack([golden.norms(1, 0.5), golden.norms(2, 0.05)], axis=1)
-    tx = oc.adagc(warmup=50)
+    tx = oc.adagc(warmup=70, max_norm=0.5)
     params = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
 
     def step(state, norms):
@@ -178,7 +185,7 @@ def test_adagc_follows_its_equations_for_several_leaves():
         return state, jnp.stack([jnp.linalg.norm(out["a"]), jnp.linalg.norm(out["b"])])
 
     _, out = jax.lax.scan(step, tx.init(params), jnp.asarray(steps))
-    np.testing.assert_allclose(out, reference.adagc(steps, warmup=50), rtol=2e-5)
+    np.testing.assert_allclose(out, reference.adagc(steps, warmup=70, max_norm=0.5), rtol=2e-5)
 
 
 ADAPTIVE = {

@@ -1,8 +1,10 @@
 """Whatever trees, paths, patterns, files and arguments come: an answer, or one clear error."""
 
 import contextlib
+import functools
 import importlib.util
 import io
+import itertools
 import json
 import re
 import signal
@@ -15,6 +17,7 @@ from random import Random
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import example, given, settings, strategies as st
 from typer.testing import CliRunner
@@ -109,16 +112,27 @@ def test_thousands_of_leaves_are_described(name):
     assert oc.describe(GROUPS[name], tree)
 
 
+def test_a_hundred_thousand_leaves_are_described():
+    """In a time that grows with their number, not with its square; each is a group of its own."""
+    tree = {f"block_{k}": {f"dense_{j}": leaf("float32", (2,)) for j in range(100)} for k in range(1000)}
+    with within(240):
+        part = _partition.partition(oc.groups.leaf(), tree)
+        text = oc.describe(oc.groups.leaf(), tree)
+    assert len(set(part.paths)) == len(part.table.names) == 100_000
+    assert part.table.sizes.sum() == 200_000
+    assert "block_999/dense_99" in text
+
+
 @pytest.mark.parametrize("name", GROUPS)
 @pytest.mark.parametrize("last", ["kernel", "value"])
 def test_paths_hundreds_deep_are_read(name, last):
-    """As deep as JAX itself flattens a tree."""
+    """As deep as JAX itself flattens a tree: at 2,000 it raises a `SystemError`."""
     tree = {last: leaf("float32", (2,))}
-    for k in range(400):
+    for k in range(900):
         tree = {f"b{k % 3}": tree}
     part = _partition.partition(GROUPS[name], tree)
     assert part.table.sizes.tolist() == [2]
-    assert part.paths[0].count("/") >= 399
+    assert part.paths[0].count("/") >= 899
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -134,6 +148,114 @@ def test_paths_given_as_names_may_be_thousands_deep(name):
         "regex": lambda **kw: oc.groups.regex({"deep": "^(?:[^/]+/)*kernel$"}, **kw),
     }[name](names=["a/" * 5000 + "kernel"])
     assert len(_partition.partition(made, [leaf("float32", ())]).table.names) == 1
+
+
+# Arrays. Structures are few, since each is another compilation; values are drawn.
+
+ARRAYS = {
+    "dtypes": {
+        "float8": jnp.zeros((2, 3), jnp.float8_e4m3fn),
+        "bfloat16": jnp.zeros(4, jnp.bfloat16),
+        "float16": jnp.zeros((3, 1), jnp.float16),
+        "float32": jnp.zeros((2, 0, 3)),
+        "complex64": jnp.zeros(3, jnp.complex64),
+        "int8": jnp.arange(-3, 3, dtype=jnp.int8),
+        "uint32": jnp.array(2**32 - 1, jnp.uint32),
+        "bool": jnp.array([True, False]),
+        "float0": np.zeros((2, 2), jax.dtypes.float0),
+        "key": jax.random.key(0),
+        "none": None,
+    },
+    "keys": {
+        "": jnp.zeros(2),
+        "/": {"": jnp.zeros((2, 2)), "value": jnp.zeros(())},
+        "a/b": {"c": jnp.zeros(1)},
+        "a": {"b/c": jnp.zeros(3), "b": {"c": jnp.zeros((1, 2)), "#2": [jnp.zeros(2), ()]}},
+        "\0": {"é": (jnp.zeros(1), {"whole": jnp.zeros(2)})},
+    },
+    "list": [jnp.zeros(()), [jnp.zeros(3), jnp.zeros((0,))], {7: jnp.zeros(2), -1: jnp.zeros((2, 1))}],
+    "scalar": jnp.zeros(()),
+    "nothing": {"a": jnp.zeros(0, jnp.int32), "b": [None, jnp.array(True)]},
+}
+ENTRIES = st.floats(width=32, allow_subnormal=False) | st.sampled_from([0.0, 1e-3, 1.0, -300.0, 3e38])
+TX = oc.rescale_by_norm(1.0, groups=oc.groups.leaf()), oc.record(capacity=2, stretches=2)
+
+
+@functools.cache
+def updated(name):
+    """One program for a structure: the new update, the state before and after, and the numbers to log."""
+    tx = optax.chain(*reversed(TX))
+
+    def run(tree):
+        before = tx.init(tree)
+        tree, state = tx.update(tree, before, tree)
+        return tree, before, state, oc.metrics(state, tree, oc.groups.leaf())
+
+    return jax.jit(run)
+
+
+def is_measured(x):
+    return x.dtype != jax.dtypes.float0 and jnp.issubdtype(x.dtype, jnp.inexact) and x.size > 0
+
+
+def filled(tree, numbers):
+    """The tree with numbers in place of the entries that belong to a group."""
+
+    def one(x):
+        if not is_measured(x):
+            return x
+        with np.errstate(over="ignore"):  # what a narrow dtype has no room for is infinite
+            own = np.float32([next(numbers) for _ in range(x.size)]).reshape(x.shape)
+            return jnp.asarray(own * (0.6 + 0.8j) if jnp.iscomplexobj(x) else own, x.dtype)
+
+    return jax.tree.map(one, tree)
+
+
+def norm_of(x):
+    return np.linalg.norm(np.asarray(x, np.complex128 if jnp.iscomplexobj(x) else np.float64))
+
+
+def bits(x):
+    return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x).tobytes()
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+@given(numbers=st.lists(ENTRIES, min_size=1, max_size=24))
+@settings(max_examples=60)
+def test_any_arrays_keep_their_kind_and_none_is_lost(name, numbers):
+    """Through a clip, metrics, a recording and its history: a leaf is measured, or comes out as it was."""
+    tree = filled(ARRAYS[name], itertools.cycle(numbers))
+    out, before, state, logged = updated(name)(tree)
+    assert jax.tree.structure(out) == jax.tree.structure(tree)
+    assert jax.tree.map(kind, state) == jax.tree.map(kind, before)
+    expected = []
+    for old, new in zip(jax.tree.leaves(tree), jax.tree.leaves(out), strict=True):
+        assert kind(new) == kind(old)
+        norm = norm_of(old) if is_measured(old) else 0.0
+        if is_measured(old):
+            expected.append(norm)
+        if norm <= 1 - 1e-6:
+            assert bits(new) == bits(old)
+        elif np.isfinite(norm):
+            assert norm_of(new) <= 1 + 2 * float(jnp.finfo(old.dtype).eps)
+        else:
+            assert np.isnan(np.asarray(new, np.complex64)).all()
+    seen = [value for key, value in logged.items() if key.startswith("clip/norm_before/")]
+    history = oc.History.from_state(state, tree)
+    assert len(seen) == len(expected) + 1
+    for measured in seen[: len(expected)], history.norms[0]:
+        same_norms(measured, expected)
+
+
+def kind(x):
+    return x.shape, x.dtype
+
+
+def same_norms(measured, expected):
+    """In any order; NaN and infinite ones are alike, and those beyond float32 are its largest number."""
+    a, b = (np.nan_to_num(np.float64(x), nan=np.inf, posinf=np.inf) for x in (measured, expected))
+    b = np.where(b < np.inf, np.minimum(b, float(np.finfo(np.float32).max)), b)
+    np.testing.assert_allclose(np.sort(a), np.sort(b), rtol=1e-5, atol=1e-27)
 
 
 # Patterns.

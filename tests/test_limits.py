@@ -52,6 +52,16 @@ def test_per_group_limits_apply_to_all_rows_of_a_group():
     assert limits(oc.limits.per_group({"a": 1.0, "b": 2.0}), groups, grads=grads) == [[1, 1, 1, 2]]
 
 
+def test_per_group_limits_know_the_rows_of_their_own_group_alone():
+    """What they divide or remember is of these rows, wherever in the update they are."""
+    groups = oc.groups.unit()
+    grads = {"a": jnp.ones(4), "b": jnp.ones((2, 3))}
+    limit = oc.limits.per_group({"a": oc.limits.percentile(100.0, window=2), "b": oc.limits.budget(3.0)})
+    np.testing.assert_allclose(
+        limits(limit, groups, steps=2, grads=grads), [[2, *[3**0.5] * 3]] * 2, rtol=1e-6
+    )
+
+
 @pytest.mark.parametrize("by", ["uniform", "size"])
 @pytest.mark.parametrize("kind", ["l1", "l2", "linf", "rms"])
 def test_a_budget_keeps_the_whole_norm_within_it(kind, by):

@@ -53,6 +53,23 @@ def test_norm_before_and_after_are_not_to_be_confused():
     np.testing.assert_allclose(found["clip/norm_after/whole"], 1, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("policy", "entry", "factor"),
+    [
+        ("propagate", 0.25, 1.0),
+        ("propagate", 0.0, 1.0),
+        ("propagate", np.nan, np.nan),
+        ("propagate", np.inf, np.nan),
+        ("zero", np.nan, 0.0),
+    ],
+)
+def test_the_factor_of_the_whole_is_a_ratio_where_there_is_one(policy, entry, factor):
+    """Of zeros it is 1; of what is not finite it says what became of that."""
+    tx, grads = oc.clip_by_global_norm(1.0, nonfinite=policy), {"w": jnp.full(2, entry)}
+    _, state = tx.update(grads, tx.init(grads))
+    np.testing.assert_array_equal(oc.metrics(state)["clip/factor/whole"], factor)
+
+
 def test_metrics_inside_jit_equal_those_outside():
     state = run(oc.clip_by_layerwise_norm(2.0), 1.0)
     inside = jax.jit(lambda state: oc.metrics(state, GRADS, oc.groups.layer()))(state)

@@ -1,6 +1,8 @@
 """Where Optax has the name, the numbers are Optax's wherever Optax's are right."""
 
 import contextlib
+import importlib
+import re
 import unittest
 
 import chex
@@ -118,13 +120,28 @@ def test_a_global_limit_under_vmap_equals_per_example_global_norm_clip():
 BY_A_ROUNDING = "test_clip_by_block_rms"
 
 
-def suite():
-    """Optax's test case for clipping, or None where Optax was installed without its tests."""
+def suite(module, name):
+    """A test case of Optax, or None where Optax was installed without it, or without what it needs."""
     try:
-        from optax.transforms import _clipping_test
+        return getattr(importlib.import_module(module), name, None)
     except ImportError:
         return None
-    return _clipping_test.ClippingTest
+
+
+# In a dictionary, or pytest would run all of their tests as they are.
+SUITES = {
+    "clipping": suite("optax.transforms._clipping_test", "ClippingTest"),
+    "monitoring": suite("optax.transforms._monitoring_test", "MonitoringTest"),
+    "alias": suite("optax._src.alias_test", "AliasTest"),
+    "contrib": suite("optax.contrib._common_test", "ContribTest"),
+}
+
+
+def names_of(which, *words):
+    """The names of its tests whose name and parameters have all of some words."""
+    case = SUITES[which]
+    names = unittest.TestLoader().getTestCaseNames(case) if case else []
+    return [name for name in names if all(word in f"{name} {getattr(case, name).__doc__}" for word in words)]
 
 
 def problems(case):
@@ -150,15 +167,105 @@ def initialised(factory):
     return make
 
 
-@pytest.mark.skipif(suite() is None, reason="Optax was installed without its tests")
-@pytest.mark.parametrize("name", unittest.TestLoader().getTestCaseNames(suite()) if suite() else [])
+@pytest.mark.skipif(SUITES["clipping"] is None, reason="Optax was installed without its tests")
+@pytest.mark.parametrize("name", names_of("clipping"))
 def test_the_tests_of_optax_pass_with_these_functions_in_place_of_its_own(monkeypatch, name):
     """Optax's tests cannot tell these functions from its own."""
-    case = suite()
     if name == BY_A_ROUNDING:
+        case = SUITES["clipping"]
         equal = case.assertAlmostEqual
         monkeypatch.setattr(case, "assertAlmostEqual", lambda self, a, b: equal(self, a, b, places=6))
     monkeypatch.setattr(clipping, "clip", initialised(oc.clip_by_value))
     for method in ("clip_by_block_rms", "clip_by_global_norm", "adaptive_grad_clip"):
         monkeypatch.setattr(clipping, method, initialised(getattr(oc, method)))
-    assert not problems(case(name))
+    assert not problems(SUITES["clipping"](name))
+
+
+@pytest.mark.skipif(SUITES["monitoring"] is None, reason="Optax was installed without its tests")
+@pytest.mark.parametrize("name", names_of("monitoring"))
+def test_the_monitors_of_optax_see_the_same_in_front_of_these_functions(monkeypatch, name):
+    """What `optax.snapshot` and `optax.monitor` keep is found by name beside the state of the clip."""
+    monkeypatch.setattr(clipping, "clip_by_global_norm", oc.clip_by_global_norm)
+    assert not problems(SUITES["monitoring"](name))
+
+
+# What Optax demands of each of its optimizers, of SGD behind these. The limit is a number to be injected.
+CHAINS = {
+    "record and leaves": lambda max_norm, sgd: optax.chain(
+        oc.record(capacity=8), oc.clip_by_leafwise_norm(max_norm), sgd
+    ),
+    "adaptive": lambda max_norm, sgd: optax.chain(oc.adagc(max_norm=max_norm), sgd),
+    "skip": lambda max_norm, sgd: oc.skip_updates(optax.chain(oc.zclip(max_norm=max_norm), sgd), 1e3),
+}
+
+
+def clips_sgd(monkeypatch, chain):
+    """Puts a clipped SGD in the place of SGD, where Optax's tests look for it; the calls of it."""
+    calls = []
+
+    def sgd(learning_rate, momentum=None, max_norm=1.0):
+        calls.append(learning_rate)
+        return CHAINS[chain](max_norm, optax.sgd(learning_rate, momentum))
+
+    monkeypatch.setattr(importlib.import_module("optax._src.alias"), "sgd", sgd)
+    return calls
+
+
+# All of them for the first; of the others the narrow and the complex dtypes, and the 10,000 steps until they
+# converge, would say the same again.
+OF_SGD = [
+    (chain, name)
+    for chain in CHAINS
+    for name in names_of("alias", "opt_name='sgd'")
+    if chain == "record and leaves"
+    or not re.search("test_optimization|float16|complex", getattr(SUITES["alias"], name).__doc__)
+]
+
+
+@pytest.mark.skipif(
+    SUITES["alias"] is None, reason="Optax was installed without its tests, or without what they need"
+)
+@pytest.mark.parametrize(("chain", "name"), OF_SGD)
+def test_clipped_optimizers_keep_the_contract_of_optax(monkeypatch, chain, name):
+    """They converge, keep dtypes and state, accumulate, and let themselves be injected."""
+    calls = clips_sgd(monkeypatch, chain)
+    assert not problems(SUITES["alias"](name))
+    assert calls
+
+
+WRAPPERS = ("mechanize", "schedule_free", "reduce_on_plateau")
+# Of their tests those that the plain optimizers above have not passed already.
+WRAPPED = [
+    name
+    for wrapper in WRAPPERS
+    for rate in (0.1, 0.01, 0.001)
+    for words in (
+        ["test_optimizers(", "_setup_matrix_parabola"],
+        ["test_optimizers(", "_setup_mixed_tensor_target"],
+        ["test_gradient_accumulation", "bfloat16"],
+        ["test_preserve_dtype", "bfloat16"],
+        ["test_optimizers_can_be_wrapped"],
+    )
+    if wrapper != "reduce_on_plateau" or "test_optimizers_can_be_wrapped" not in words  # Optax skips it
+    for name in names_of(
+        "contrib", f"opt_name='sgd', opt_kwargs={{'learning_rate': {rate}}}, wrapper_name='{wrapper}'", *words
+    )
+]
+
+
+@pytest.mark.skipif(SUITES["contrib"] is None, reason="Optax was installed without its tests")
+@pytest.mark.parametrize("name", WRAPPED)
+def test_the_wrappers_of_optax_take_clipped_optimizers(monkeypatch, name):
+    """Mechanic, schedule-free and the reduction on plateaus, around SGD behind a clip by leaf."""
+    calls = clips_sgd(monkeypatch, "record and leaves")
+    assert not problems(SUITES["contrib"](name))
+    assert calls
+
+
+@pytest.mark.skipif(None in SUITES.values(), reason="Optax was installed without its tests")
+def test_the_suites_of_optax_are_found():
+    """A later Optax may name its tests otherwise; then these lists must follow."""
+    assert len(names_of("monitoring")) >= 2
+    assert len(names_of("clipping")) >= 8
+    assert len(OF_SGD) >= 24
+    assert len(WRAPPED) >= 12
