@@ -151,9 +151,16 @@ def test_the_percentile_of_a_whole_run_is_never_outside_what_was_seen(size):
     assert [x.shape for x in jax.tree.leaves(state.rule)] == [(1, 1410), (1,), (1,)]
 
 
-def test_the_ratio_of_moments_is_1_before_there_are_any():
+@pytest.mark.parametrize("method", [oc.gradient_stabilizer, oc.normalize_by_running_norm])
+def test_limits_by_moments_are_1_before_there_are_any(method):
     """A group of zeros has had no norm to learn from."""
-    assert run(oc.gradient_stabilizer(), [0.0, np.nan])[1].limit.tolist() == [1]
+    assert run(method(), [0.0, np.nan])[1].limit.tolist() == [1]
+
+
+def test_eps_is_added_to_the_running_root_mean_square():
+    """Of 3 and 1 together the first norm, 3, is three quarters."""
+    tx = oc.rescale_by_norm(oc.limits.running_rms(eps=1.0), response=oc.responses.normalize())
+    np.testing.assert_allclose(run(tx, [3.0])[1].limit, [0.75], rtol=1e-6)
 
 
 @pytest.mark.parametrize("window", [4, None])

@@ -546,3 +546,11 @@ def test_values_that_are_wrong_are_named(call, message):
 def test_types_that_are_wrong_are_named(call, message):
     with pytest.raises(TypeError, match=re.escape(message)):
         call()
+
+
+def test_the_bound_of_an_entry_that_was_always_zero_is_zero():
+    """Whatever the power whose mean is taken."""
+    tx = oc.acclip(alpha=1.5)
+    _, state = tx.update({"w": jnp.array([0.0, 1.0])}, tx.init({"w": jnp.zeros(2)}))
+    assert state.bound["w"][0] == 0
+    assert state.bound["w"][1] > 0
