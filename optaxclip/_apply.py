@@ -199,7 +199,8 @@ def whole_of(stats: Stats, table: Table, norm: Norm) -> Stats:
     norms = jnp.stack([stats.norm, stats.norm_after, stats.limit])
     before, after, limit = merge(norm, norms, table.sizes)
     some = (before > 0) & jnp.isfinite(before)
-    ratio = jnp.where(some, after / jnp.where(some, before, 1), jnp.where(before == 0, 1, after))
+    # Beside a norm that is not finite all that is left is 0, or NaN.
+    ratio = jnp.where(some, after / jnp.where(some, before, 1), jnp.where(before == 0, 1, 0 * after))
     clipped, nonfinite = jnp.any(jnp.stack([stats.clipped, stats.nonfinite]), axis=1)
     return Stats(before, after, limit, ratio, clipped, nonfinite)
 

@@ -70,6 +70,17 @@ def test_the_factor_of_the_whole_is_a_ratio_where_there_is_one(policy, entry, fa
     np.testing.assert_array_equal(oc.metrics(state)["clip/factor/whole"], factor)
 
 
+@pytest.mark.parametrize(("policy", "factor"), [("propagate", np.nan), ("zero", 0.0)])
+@pytest.mark.parametrize("entry", [np.nan, np.inf])
+def test_the_factor_of_the_whole_with_one_group_that_is_not_finite(policy, factor, entry):
+    """Nothing beside it, however large the other group is."""
+    tx = oc.clip_by_leafwise_norm(5.0, nonfinite=policy)
+    grads = {"bad": jnp.full(2, entry), "good": jnp.full(2, 3.0)}
+    _, state = tx.update(grads, tx.init(grads))
+    np.testing.assert_array_equal(state.whole.factor, factor)
+    assert state.factor[1] == 1
+
+
 def test_metrics_inside_jit_equal_those_outside():
     state = run(oc.clip_by_layerwise_norm(2.0), 1.0)
     inside = jax.jit(lambda state: oc.metrics(state, GRADS, oc.groups.layer()))(state)
