@@ -18,6 +18,12 @@ X = jax.random.normal(jax.random.key(0), (8, 3))
 Z = jax.random.normal(jax.random.key(2), (2, 4, 4, 3))
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Keras draws other weights in each process."""
+    keras.utils.set_random_seed(0)
+
+
 def stateless(model):
     """A model's parameters, its function of them, and the names of the parameters."""
     rest = [v.value for v in model.non_trainable_variables]
