@@ -125,8 +125,6 @@ def looked_at(
     total = merge(options.norm, jnp.where(jnp.isfinite(norm), norm, 0), table.sizes)
     of_params = None
     if rule.needs_params:
-        if params is None:
-            raise ValueError(f"{options.split.where}: {_checks.NO_PARAMS}")
         matched = matching(part, params, options.groups.names, options.split.where)
         of_params = measured(part, matched, table, options).norm.astype(norm.dtype)
     return found, Context(step, table, options.norm, options.response, total, of_params)

@@ -8,11 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-NO_PARAMS = (
-    "You are using a transformation that requires the current value of parameters, but you are not passing "
-    "`params` when calling `update`."
-)
-
 
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether `value` is known now: a Python or NumPy number rather than an array or a tracer."""

@@ -317,8 +317,6 @@ def _limited(
     table, rule = part.table, method.limit
     of_params = None
     if rule.needs_params:
-        if params is None:
-            raise ValueError(f"{method.split.where}: {_checks.NO_PARAMS}")
         cold = method._replace(warm=False, iterations=COLD, change=None)
         matched = matching(part, params, None, method.split.where)
         of_params = _together(part, _find(cold, part, matched, views, state.vector, state.step)).norm

@@ -142,13 +142,18 @@ def row_names(group: str, shape: tuple[int, ...]) -> list[str]:
     return [f"{group}[{','.join(map(str, index))}]" for index in np.ndindex(shape)]
 
 
-def matching(part: Partition, other: PyTree, names: tuple[str, ...] | None, where: str) -> list[Any]:
-    """The leaves of another tree at the paths of this one, checked to have the same shapes.
+def matching(part: Partition, params: PyTree, names: tuple[str, ...] | None, where: str) -> list[Any]:
+    """The leaves of the parameters at the paths of the updates, checked to be there in the same shapes.
 
     Only grouped leaves are looked up; in place of the others stands None. Matching by path lets the two
     trees use different containers and lets either hold leaves that the other lacks.
     """
-    by_path = {leaf.path: leaf.value for leaf in named_leaves(other, names)}
+    if params is None:
+        raise ValueError(
+            f"{where}: You are using a transformation that requires the current value of parameters, but you "
+            "are not passing `params` when calling `update`."
+        )
+    by_path = {leaf.path: leaf.value for leaf in named_leaves(params, names)}
     found = []
     for path, place, leaf in zip(part.paths, part.places, part.leaves, strict=True):
         if place is None:

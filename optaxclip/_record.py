@@ -188,8 +188,6 @@ def _recorded(
     table = table_of(part, options)
     norm = single(measured(part, part.leaves, table, options).norm)
     if not isinstance(state.params, tuple):
-        if params is None:
-            raise ValueError(f"record: {_checks.NO_PARAMS}")
         matched = matching(part, params, options.groups.names, "record")
         of_params = single(measured(part, matched, table, options).norm)
         state = state._replace(params=_put(state.params, of_params, state.step))

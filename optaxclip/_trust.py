@@ -177,8 +177,6 @@ def _adam(shares: jax.Array, eps: Any) -> Callable:
 
 
 def _with_decay(part: Partition, made: dict, params: PyTree, weight_decay: Any, mask: Any) -> dict:
-    if params is None:
-        raise ValueError(f"scale_by_stable_adam: {_checks.NO_PARAMS}")
     found = matching(part, params, None, "scale_by_stable_adam")
     spared = set()
     if mask is not None:

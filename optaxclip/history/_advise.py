@@ -287,7 +287,7 @@ def _advised(
     comparison = compare(case.history, beside | _candidates(case), case.rule)
     if case.optimizer != "adam":
         *seen, why = said
-        often = _reasons.clips_most(comparison, policy)
+        often = _reasons.clips_most(comparison.rows[0], policy) if beside else []
         said = [*seen, *often, why, *_reasons.beside_others(comparison, policy)]
     return dataclasses.replace(advice, reasons=tuple(said), comparison=comparison)
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from optaxclip.history._compare import Comparison
+from optaxclip.history._compare import Compared, Comparison
 from optaxclip.history._evidence import Evidence, Rule
 from optaxclip.history._expressed import called
 from optaxclip.history._lengths import Lengths, norm
@@ -15,17 +15,16 @@ MOST = 0.5  # of the steps
 TURNED = 0.99  # the cosine of 8 degrees; a smaller angle is no reason against a policy
 
 
-def clips_most(comparison: Comparison, policy: str) -> list[str]:
+def clips_most(advised: Compared, policy: str) -> list[str]:
     """That clipping sets the length of steps, where it does."""
-    row = next((row for row in comparison.rows if row.name == f"advised: {policy}"), None)
-    if row is None or not row.touched > MOST:
+    if not advised.touched > MOST:
         return []
     whose, instead = "", "a lower learning rate does much the same"
     if policy == "outliers":
         whose, instead = " of these rows", "so would a lower learning rate of their own"
     return [
-        f"What is advised clips {percent(row.touched)} of the ordinary steps: it sets how long steps{whose} "
-        f"are, rather than holding a few; {instead}."
+        f"What is advised clips {percent(advised.touched)} of the ordinary steps: it sets how long steps"
+        f"{whose} are, rather than holding a few; {instead}."
     ]
 
 
