@@ -179,18 +179,26 @@ def train(name: str, setting: Setting, runs: Inputs, params: Params) -> tuple[np
 
 
 def acted(state: Any, setting: Setting) -> float | None:
-    """In which share of the steps the method changed or dropped an update; None where no state tells."""
+    """In which share of the steps the method changed or dropped an update; None where no state tells.
 
-    def tells(x: Any) -> bool:
-        return isinstance(x, oc.ClipByValueState | oc.SkipState | oc.RescaleState)
-
-    found = next(filter(tells, jax.tree.leaves(state, is_leaf=tells)), None)
-    if found is None:
+    Of several in a chain the last tells.
+    """
+    found = [x for x in jax.tree.leaves(state, is_leaf=_tells) if _tells(x)]
+    if not found:
         return None
-    counts = found.whole if isinstance(found, oc.RescaleState) else found
-    return (
-        float(np.mean(counts.total if isinstance(counts, oc.SkipState) else counts.clipped)) / setting.steps
-    )
+    match found[-1]:
+        case oc.SkipState(total=steps):
+            pass
+        case oc.RescaleState(whole=whole) | oc.SpectralState(whole=whole):
+            steps = whole.clipped
+        case last:
+            steps = last.clipped
+    return float(np.mean(steps)) / setting.steps
+
+
+def _tells(x: Any) -> bool:
+    entries = oc.ClipByValueState | oc.AdaptiveValueClipState | oc.MaskSpikesState | oc.ACClipState
+    return isinstance(x, entries | oc.SkipState | oc.RescaleState | oc.SpectralState)
 
 
 def costs(names: list[str], setting: Setting, runs: Inputs, params: Params, rounds: int) -> dict[str, float]:

@@ -97,7 +97,7 @@ ALL = (
         )
     ),
     *(
-        _beaten(f"{name} beaten, in a step", suite="step", methods=("global",), against=name)
+        _beaten(f"{name} and PyTorch's AdamW beaten", suite="step", methods=("global",), against=name)
         for name in ("torch_foreach", "torch_loop")
     ),
     Target("2,000 small leaves", 1.1, "alone", ("global",), "identity", trees=("small_2000",)),

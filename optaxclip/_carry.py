@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import _checks, norms as _norms, responses as _responses
-from optaxclip._apply import Options, apply, checked, measured, table_of
+from optaxclip._apply import Options, apply, checked, measured, single, table_of
 from optaxclip._base import PyTree
 from optaxclip._partition import Leaf, Partition, named_leaves, partition
 from optaxclip._split import AxisName
@@ -154,11 +154,12 @@ def transformation(where: str, inner: Any) -> optax.GradientTransformationExtraA
 
 def _wide(dtype: Any) -> Any:
     """The dtype that a leaf of a dtype is added up in."""
-    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else jax.dtypes.canonicalize_dtype(dtype)
 
 
 def _narrow(wide: jax.Array, dtype: Any) -> jax.Array:
     """A sum in the dtype of its leaf; what is finite stays so, and what does not fit is carried."""
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
     if wide.dtype == dtype:
         return wide
     most = float(jnp.finfo(dtype).max)
@@ -190,7 +191,7 @@ def _bounded(
 ) -> tuple[list[Any], jax.Array, jax.Array]:
     """A buffer within its bound, its norm, and the norm of what was taken from it."""
     if bound is None:
-        norm = _norm(part, leaves, options).astype(jnp.float32)
+        norm = single(_norm(part, leaves, options))
         return leaves, norm, jnp.zeros_like(norm)
     part = part._replace(leaves=leaves)
     done = apply(as_limit(bound, WHERE, "bound"), jnp.int32(0), (), part, None, options)

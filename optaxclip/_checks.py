@@ -15,8 +15,17 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 def real(*values: Any) -> list[Any]:
-    """The values, arrays as real ones: `optax.inject_hyperparams` makes them complex where parameters are."""
-    return [jnp.real(value) if isinstance(value, jax.Array) else value for value in values]
+    """The values, arrays as real ones in no less than float32.
+
+    `optax.inject_hyperparams` makes them complex where parameters are, and of 16 bits likewise.
+    """
+    return [_real(value) if isinstance(value, jax.Array) else value for value in values]
+
+
+def _real(value: jax.Array) -> jax.Array:
+    value = jnp.real(value)
+    short = jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 32
+    return value.astype(jnp.float32) if short else value
 
 
 def numeric(where: str, **arguments: Any) -> None:

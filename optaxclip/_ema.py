@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from optaxclip import _checks
 from optaxclip._base import Context, Limit, PyTree
-from optaxclip._learning import at_step, between, full, learning
+from optaxclip._learning import at_step, between, full, in_float32, learning
+
+SMALL, RAISED = 2.0**-100, 2.0**64
 
 
 def ema(
@@ -68,10 +70,11 @@ def ema(
     def limit(norm: jax.Array, mean: PyTree, after: Any, ctx: Context) -> jax.Array:
         del after
         # No more than one group's share: the factor is that of the whole update.
-        whole = ctx.total.astype(norm.dtype) + eps
+        whole = in_float32(ctx.total) + eps
         over = whole > max_norm
-        share = jnp.where(over, max_norm, 1) / jnp.where(over, whole, 1)
-        early = jnp.where(over, (norm + eps) * share, jnp.inf)
+        # What is divided first is no quotient so small that it would be rounded to zero.
+        share = jnp.where(over, norm + eps, 0) / jnp.where(over, whole, 1)
+        early = jnp.where(over, max_norm * share, jnp.inf)
         known, mean = _started(mean)
         return jnp.where(ctx.step < warmup, early, jnp.where(known, _multiple(slack, mean, ctx), jnp.inf))
 
@@ -161,7 +164,10 @@ def _followed(
     norm: jax.Array, limit: jax.Array, mean: jax.Array, decay: Any, ctx: Context, eps: Any = 0.0
 ) -> tuple[jax.Array, jax.Array]:
     """The norms after the response, and their new running means; a limit of NaN teaches nothing."""
-    seen = norm * ctx.response.factor(norm + eps, limit)
+    # A factor that would be rounded to zero is had at a limit that is larger by a power of two.
+    small = (limit < norm * SMALL) & (ctx.response.factor(norm + eps, limit) < SMALL)
+    raised = jnp.where(small, RAISED, 1)
+    seen = norm * ctx.response.factor(norm + eps, limit * raised) / raised
     known, old = _started(mean)
     later = jnp.where(known, between(seen, old, decay), seen)
     return seen, jnp.where(jnp.isnan(seen), mean, later)

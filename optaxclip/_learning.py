@@ -29,7 +29,7 @@ def learning(
 
     def update(norm: jax.Array, state: PyTree, ctx: Context) -> tuple[jax.Array, PyTree]:
         known = jnp.isfinite(norm) & (norm > 0)
-        single = jnp.where(known, norm, 1).astype(jnp.float32)
+        single = in_float32(jnp.where(known, norm, 1))
 
         def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(known.reshape((-1,) + (1,) * (old.ndim - 1)), new.astype(old.dtype), old)
@@ -38,6 +38,12 @@ def learning(
         return limit(single, state, after, ctx), after
 
     return Limit(lambda table: init(len(table.names)), update)
+
+
+def in_float32(norm: jax.Array) -> jax.Array:
+    """Norms as float32: at least its least and at most its largest number, so that none is lost."""
+    kind = jnp.finfo(jnp.float32)
+    return jnp.clip(norm, float(kind.tiny), float(kind.max)).astype(jnp.float32)
 
 
 def full(rows: int, value: float) -> jax.Array:

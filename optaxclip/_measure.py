@@ -160,7 +160,7 @@ def _across(
     by_axes = collections.defaultdict(list)
     for block in blocks:
         by_axes[block.split].append(block)
-    reduce = lax.psum if combine == "sum" else lax.pmax
+    reduce = lax.psum if combine == "sum" else _largest
     found, found_rows = [], []
     for split, alike in by_axes.items():
         index = np.concatenate([block.rows for block in alike])
@@ -173,6 +173,21 @@ def _across(
     if len(found) == 1:
         return found[0]
     return _segments(jnp.concatenate(found), np.concatenate(found_rows), rows, combine)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _largest(values: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """The largest value of all devices along some mesh axes; JAX has no derivative for that."""
+    return lax.pmax(values, axes)
+
+
+@_largest.defjvp
+def _(axes, primals, tangents):
+    (own,), (change,) = primals, tangents
+    largest = _largest(own, axes)
+    here = (own == largest).astype(own.dtype)
+    # Devices that share the largest value share the derivative.
+    return largest, lax.psum(here * change, axes) / jnp.maximum(lax.psum(here, axes), 1)
 
 
 def _add(combine: Combine):

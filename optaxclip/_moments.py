@@ -105,9 +105,9 @@ def moment_ratio(
 
     At most about 1 however large a norm is; for `responses.normalize`.
 
-    *Warm-up*: none, the first limit is 1. *History*: raw norms. *Non-finite and zero norms* are not learned
-    from, and t counts the norms that were: a momentum reset elsewhere cannot part the two, as it does in the
-    authors' code.
+    *Warm-up*: none, the first limit is 1, as it stays where a decay is 1. *History*: raw norms. *Non-finite
+    and zero norms* are not learned from, and t counts the norms that were: a momentum reset elsewhere cannot
+    part the two, as it does in the authors' code.
 
     Args:
       first: d1, the weight of the past in the mean.
@@ -149,8 +149,9 @@ def moment_ratio(
     def limit(norm: jax.Array, before: Any, after: PyTree, ctx: Context) -> jax.Array:
         del norm, before, ctx
         mean, rms, count = after
-        mean = mean / (1 - first ** jnp.maximum(count, 1))
-        rms = rms / jnp.sqrt(1 - second ** jnp.maximum(count, 1))
-        return jnp.where(count > 0, mean / jnp.where(count > 0, rms + eps, 1), 1)
+        weights = [1 - decay ** jnp.maximum(count, 1) for decay in (first, second)]
+        known = (count > 0) & (weights[0] > 0) & (weights[1] > 0)
+        own, other = (jnp.where(known, weight, 1) for weight in weights)
+        return jnp.where(known, mean / own / jnp.where(known, rms / jnp.sqrt(other) + eps, 1), 1)
 
     return learning(init, learn, limit)

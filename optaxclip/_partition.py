@@ -1,4 +1,4 @@
-"""Trees and groups: the only module that walks pytrees."""
+"""Trees taken apart into leaves with names, and the rows of groups that these belong to."""
 
 import math
 from collections.abc import Sequence

@@ -286,7 +286,7 @@ def _wide(leaf: Any) -> jax.Array:
 
 
 def _reduced(examples: jax.Array, count: int, like: Any) -> jax.Array:
-    return (jnp.sum(examples, axis=0) / count).astype(like.dtype)
+    return (jnp.sum(examples, axis=0) / count).astype(jax.dtypes.canonicalize_dtype(like.dtype))
 
 
 def _first_of(leaf: Any) -> Any:

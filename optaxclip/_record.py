@@ -21,6 +21,7 @@ from optaxclip._stretches import Stretches, blank, with_latest
 # The histogram of the whole run: four bins for each doubling, from 2^-64 to 2^64. Centres of bins are at most
 # 9.1 % away from all that falls into them.
 BINS, PER_DOUBLING, LEAST = 512, 4, -64
+MOST = np.iinfo(np.int32).max
 
 
 class RecordState(NamedTuple):
@@ -39,7 +40,8 @@ class RecordState(NamedTuple):
       largest: the largest finite norm of the run, float32 `(rows,)`.
       largest_step: the update it belongs to, int32 `(rows,)`; -1 before there is one.
       nonfinite: how often the norm was NaN or infinite, int32 `(rows,)`.
-      entries: how many entries were NaN or infinite, all updates together, int32 `(rows,)`; at most 2^31 - 1.
+      entries: how many entries were NaN or infinite, all updates together, int32 `(rows,)`; at most 2^31 - 1,
+        and rounded to float32 above 2^24.
       first: the first update in which each row was not finite, int32 `(rows,)`; -1 if none was.
       first_entries: how many entries were not finite in the first update in which any was, int32 `(rows,)`.
       stretches: the whole run, thinned.
@@ -203,7 +205,7 @@ def _recorded(
         largest_step=jnp.where(larger, state.step, state.largest_step),
         nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
         # Counts stop at the largest number.
-        entries=state.entries + jnp.minimum(bad, np.iinfo(np.int32).max - state.entries),
+        entries=state.entries + jnp.minimum(bad, MOST - state.entries),
         first=jnp.where(~finite & (state.first < 0), state.step, state.first),
         first_entries=jnp.where(met, state.first_entries, bad),
     )
@@ -227,7 +229,10 @@ def _counted(histogram: jax.Array, norm: jax.Array) -> jax.Array:
 
 
 def _entries(part: Partition, options: Options, bad: jax.Array) -> jax.Array:
-    """How many entries of each row are NaN or infinite, int32; nothing is read where none is."""
+    """How many entries of each row are NaN or infinite, int32; nothing is read where none is.
+
+    Leaves and devices are added up in float32, which has no end that a count could wrap at.
+    """
     chosen = part.measured
     arrays, places = [jnp.asarray(part.leaves[k]) for k in chosen], list(chosen.values())
     # Small leaves are merged: every array that a loop is handed takes time, whether it is read or not.
@@ -237,7 +242,7 @@ def _entries(part: Partition, options: Options, bad: jax.Array) -> jax.Array:
     blocks = blocks_of(arrays, firsts, places, splits, laid, options.norm.shaped)
 
     def count(alike: Sequence[Block]) -> jax.Array:
-        return jnp.concatenate([_not_finite(block).reshape(-1) for block in alike])
+        return jnp.concatenate([_not_finite(block).reshape(-1).astype(jnp.float32) for block in alike])
 
     def once(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         wanted, none = carry
@@ -246,10 +251,11 @@ def _entries(part: Partition, options: Options, bad: jax.Array) -> jax.Array:
         own = [block._replace(array=x) for block, x in zip(blocks, passed, strict=True)]
         return ~wanted, none + across(own, count, len(bad), "sum")
 
-    none = _mesh.vary_like(jnp.zeros(bad.shape, jnp.int32), arrays, splits)
+    none = _mesh.vary_like(jnp.zeros(bad.shape, jnp.float32), arrays, splits)
     wanted = _mesh.vary_like(jnp.any(bad), arrays, splits)
     # A loop of one pass or none, since of a conditional both branches are run under vmap.
-    return lax.while_loop(lambda carry: carry[0], once, (wanted, none))[1]
+    found = lax.while_loop(lambda carry: carry[0], once, (wanted, none))[1]
+    return jnp.where(found < 2.0**31, jnp.minimum(found, 2.0**31 - 2.0**7).astype(jnp.int32), MOST)
 
 
 def _not_finite(block: Block) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from optaxclip import _checks
 from optaxclip._base import Context, Limit, PyTree
-from optaxclip._learning import between, full, learning
+from optaxclip._learning import between, full, in_float32, learning
 
 LARGEST = 1e18  # the largest norm that `zscore` learns: the square of its distance is within float32's range
 
@@ -148,7 +148,8 @@ def quantile(
 
     def learn(norm: jax.Array, held: PyTree, ctx: Context) -> PyTree:
         del ctx
-        return held * jnp.exp(-rate * ((norm <= held).astype(jnp.float32) - target))
+        # No limit is rounded to zero, or infinite, where none could move it any more.
+        return in_float32(held * jnp.exp(-rate * ((norm <= held).astype(jnp.float32) - target)))
 
     def init(rows: int) -> PyTree:
         return full(rows, 1) * jnp.asarray(initial, jnp.float32)

@@ -59,12 +59,12 @@ def factors(
     # scale where both have room.
     beyond = small > largest * TINY
     norm = jnp.where(beyond, small, norm)
-    # So small a factor grows with the limit; one that does not, such as a floor, is far larger.
-    tiny = ~empty & (limit < small * 2.0**-36)
+    # So small a factor grows with the limit; one that does not, such as a floor, stays what it is.
+    usual = jnp.where(beyond, limit * TINY, limit)
+    tiny = ~empty & (limit < small * 2.0**-36) & (response.factor(norm, usual) < 2.0**-99)
     larger = jnp.where(beyond, limit, jnp.where(tiny, limit, 0) / TINY)
-    held = jnp.where(tiny, larger, jnp.where(beyond, limit * TINY, limit))
+    held = jnp.where(tiny, larger, usual)
     then = jnp.where(empty, 1, jnp.minimum(response.factor(norm, held), largest))
-    tiny = tiny & (then < 2.0**-35)
     first = jnp.where(tiny, TINY, 1 + _mesh.zeros_like(measured.norm))
     factor, scaled = first * then, measured.small * then
     after = jnp.where(tiny, scaled, jnp.where(beyond, scaled / TINY, measured.norm * factor))
@@ -138,6 +138,10 @@ def _times(
     leaf: jax.Array, first: jax.Array, then: jax.Array, drop: bool, dtype: np.dtype | None
 ) -> jax.Array:
     real = jnp.float64 if jnp.finfo(leaf.dtype).bits == 64 else jnp.float32
+    if (
+        then.dtype == jnp.float64 and real == jnp.float32
+    ):  # beside float64 leaves; an infinity would make NaN of zeros
+        then = jnp.minimum(then, float(jnp.finfo(real).max))
     product = times(times(widen(leaf, real), first.astype(real)), then.astype(real))
     if drop:
         product = jnp.where(then == 0, jnp.zeros_like(product), product)

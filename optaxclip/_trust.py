@@ -290,7 +290,8 @@ def larc(
       specs: how leaves are split over them, where JAX keeps no track of it; see `rescale_by_norm`.
 
     Returns:
-      A transformation with a `RescaleState`. Its `norm_after` is without the weight decay.
+      A transformation with a `RescaleState`. Its `norm_after` is without the weight decay, which is added
+      with the factor as the state has it, rounded to float32, to float64 leaves too.
 
     Raises:
       TypeError: if an argument is of the wrong type.
@@ -319,10 +320,12 @@ def larc(
     def local(norm, state, ctx):
         decay, least, share = (number(x, norm.dtype) for x in (weight_decay, eps, trust_coefficient))
         known = (norm > 0) & (ctx.params != 0)  # a NaN is not 0, and is not hidden
-        ratio = share * (ctx.params / jnp.where(known, norm + decay * ctx.params + least, 1))
+        # At most 1: a quotient by the norm that is rounded to zero would make a limit of 0.
+        part = norm / jnp.where(known, norm + decay * ctx.params + least, 1)
+        limit = share * (ctx.params * part)
         if clip:
-            ratio = ratio / rate.update(norm, (), ctx)[0].astype(norm.dtype)
-        return jnp.where(known, norm * ratio, jnp.inf), state
+            limit = limit / rate.update(norm, (), ctx)[0].astype(norm.dtype)
+        return jnp.where(known, limit, jnp.inf), state
 
     inner = renamed(
         where,

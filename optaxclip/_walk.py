@@ -80,7 +80,7 @@ def walk(where: str, groups: Groups, updates: PyTree, trees: Sequence[PyTree], r
         at = [_place(where, part, k, leaves, own) for leaves, own in zip(new, places, strict=True)]
         real = real_dtype(part.leaves[k])
         held = [widen(leaves[j], real) for leaves, j in zip(new, at, strict=True)]
-        made[k], kept, noted[k] = rule(widen(part.leaves[k], real), k, *held)
+        made[k], kept, noted[k] = rule(widen(jnp.asarray(part.leaves[k]), real), k, *held)
         for leaves, j, x in zip(new, at, kept, strict=True):
             leaves[j] = x.astype(leaves[j].dtype)
     structures = [jax.tree.structure(tree) for tree in trees]
@@ -131,7 +131,9 @@ def across(
 
 def together(part: Partition, made: Mapping[int, jax.Array]) -> PyTree:
     """The updates, with new leaves in the dtypes of the old ones."""
-    leaves = [made[k].astype(x.dtype) if k in made else x for k, x in enumerate(part.leaves)]
+    leaves = list(part.leaves)
+    for k, x in made.items():
+        leaves[k] = x.astype(jax.dtypes.canonicalize_dtype(leaves[k].dtype))
     return jax.tree.unflatten(part.treedef, leaves)
 
 

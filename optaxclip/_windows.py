@@ -79,7 +79,7 @@ class _Past(NamedTuple):
 
 def _ring(window: int) -> _Past:
     """The last `window` norms, and how many there were."""
-    slots = np.arange(window)[None]
+    slots = np.arange(window, dtype=np.int32)[None]
 
     def init(rows: int) -> PyTree:
         return jnp.zeros((rows, window), jnp.float32), jnp.zeros((rows,), jnp.int32)
@@ -192,11 +192,16 @@ def mean_std(
         del norm, after, ctx
         ring, count = before
         filled = jnp.minimum(count, window)
-        held = np.arange(window)[None] < filled[:, None]
+        held = np.arange(window, dtype=np.int32)[None] < filled[:, None]
         some = jnp.maximum(filled, 2).astype(jnp.float32)
-        mean = jnp.sum(jnp.where(held, ring, 0), axis=1) / some
+        ring = jnp.where(held, ring, 0)
+        top = jnp.max(ring, axis=1)
+        # No square leaves the range; powers of two change no digit.
+        scale = jnp.where(top > 2.0**40, 2.0**-70, jnp.where(top < 2.0**-40, 2.0**70, 1))
+        ring = ring * scale[:, None]
+        mean = jnp.sum(ring, axis=1) / some
         off = jnp.where(held, ring - mean[:, None], 0)
         std = jnp.sqrt(jnp.sum(off * off, axis=1) / (some - int(unbiased)))
-        return jnp.where(filled >= warmup, mean + k * jnp.maximum(std, floor), jnp.inf)
+        return jnp.where(filled >= warmup, mean / scale + k * jnp.maximum(std / scale, floor), jnp.inf)
 
     return learning(past.init, past.learn, limit)

@@ -282,9 +282,9 @@ def relative(ratio: LimitLike, floor: float | jax.Array = 1e-3) -> Limit:
     def rule(norm, ctx, value):
         size = jnp.maximum(ctx.params, at_step(floor, ctx.step).astype(norm.dtype))
         ratio = value.astype(norm.dtype)
-        # No limit of 0 times infinity: a ratio of 0 or infinity stands for itself.
-        own = (ratio == 0) | (ratio == jnp.inf)
-        return jnp.where(own & ~jnp.isnan(size), ratio, ratio * jnp.where(own, 1, size))
+        # No limit of 0 times infinity: a ratio of 0 or infinity stands for itself. NaN is not hidden.
+        own = ((ratio == 0) | (ratio == jnp.inf)) & ~jnp.isnan(size)
+        return ratio * jnp.where(own, 1, size)
 
     return _stateless(rule, ratio, where, "ratio", needs_params=True, floor=floor)
 

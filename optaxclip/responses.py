@@ -1,7 +1,8 @@
 """What a group is multiplied by, once its norm and its limit are known.
 
 A factor that is exactly 1 leaves every bit of the group as it was. Whatever the response, an infinite limit
-changes nothing, a limit of 0 gives zeros, and a group of zeros stays zeros.
+changes nothing, a limit of 0 gives zeros, but for a least factor that was asked for, and a group of zeros
+stays zeros.
 """
 
 import math

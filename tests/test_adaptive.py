@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from versions import enable_x64
 
 import optaxclip as oc
 
@@ -373,3 +374,86 @@ def test_zscores_survive_a_norm_whose_square_overflows(at, spike):
     out, state = run(oc.zclip(max_norm=None, decay=0.9), norms)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.rule))
     assert out[-1] < 10 if at < 20 else np.isfinite(out[-1])
+
+
+BEYOND = {
+    "gradient_stabilizer": oc.gradient_stabilizer,
+    "clip_by_historical_norm": lambda: oc.clip_by_historical_norm(3.0, 4, 2),
+    "adagc, warm-up": lambda: oc.adagc(warmup=9),
+    "adagc": lambda: oc.adagc(warmup=0),
+    "autoclip, window": lambda: oc.autoclip(50.0, window=8),
+    "autoclip": oc.autoclip,
+    "quantile_clip": lambda: oc.quantile_clip(90.0, window=4),
+    "zclip": lambda: oc.zclip(warmup=2),
+    "adanorm": oc.adanorm,
+    "normalize_by_running_norm": oc.normalize_by_running_norm,
+    "clip_by_adaptive_quantile": oc.clip_by_adaptive_quantile,
+    "aggc": oc.aggc,
+}
+
+
+@pytest.mark.parametrize("method", BEYOND)
+@pytest.mark.parametrize("odd", [1e39, 1e-50, 1e300])
+@pytest.mark.parametrize("at", [0, 3])
+def test_float64_norms_beyond_float32_are_learned_as_its_ends(method, odd, at):
+    """Neither as infinity nor as zero: the state stays finite, and ordinary updates go on."""
+    norms = np.ones(12)
+    norms[at] = odd
+    with enable_x64(True):
+        tx = BEYOND[method]()
+        state, out = tx.init({"w": jnp.zeros(1, jnp.float64)}), []
+        update = jax.jit(tx.update)
+        for norm in norms:
+            updates, state = update({"w": jnp.array([norm], jnp.float64)}, state)
+            out.append(float(updates["w"][0]))
+    assert np.isfinite(out).all()
+    ordinary = np.delete(out, at)
+    # What is divided by the mean square of 1e39 is too small for float32 for a while.
+    assert (ordinary[-1:] if method == "normalize_by_running_norm" else ordinary > 0).all()
+    assert not any(np.isnan(x).any() for x in jax.tree.leaves(state.rule))
+
+
+def test_a_huge_gradient_in_the_warm_up_of_adagc_is_clipped_not_dropped():
+    """The ratio of the limit and its norm is below float32's least number; the mean learns what came out."""
+    out, state = run(oc.adagc(), [3e38, 3e38])
+    np.testing.assert_allclose(out, [1, 1], rtol=1e-6)
+    np.testing.assert_allclose(jax.tree.leaves(state.rule)[0], [1], rtol=1e-6)
+    out, state = run(oc.adagc(warmup=1, decay=0.5), [1.0, 3e38])
+    np.testing.assert_allclose(out, [1, 1.04], rtol=1e-6)
+    np.testing.assert_allclose(jax.tree.leaves(state.rule)[0], [1.02], rtol=1e-6)
+
+
+@pytest.mark.parametrize("huge", [1e20, 3e38, 1e-30])
+def test_means_and_deviations_survive_norms_whose_squares_leave_the_range(huge):
+    """The limit is what NumPy makes of the norms in float64; powers of two change no digit of others."""
+    norms = np.array([1.0, 2.0, huge, 2.0, 1.0]) if huge > 1 else huge * np.array([1.0, 2.0, 3.0, 2.0, 1.0])
+    _, state = run(oc.clip_by_global_norm(oc.limits.mean_std(1.5, window=8, warmup=2, floor=0.0)), norms)
+    seen = np.float32(norms[:4]).astype(float)
+    np.testing.assert_allclose(state.limit, [seen.mean() + 1.5 * seen.std()], rtol=1e-5)
+    _, state = run(oc.clip_by_global_norm(oc.limits.mean_std(0.0, window=8, warmup=2)), norms)
+    np.testing.assert_allclose(state.limit, [seen.mean()], rtol=1e-6)
+
+
+def test_a_decay_of_1_learns_nothing_and_makes_no_nan():
+    for decays in ((1.0, 0.9), (0.7, 1.0), (jnp.float32(1), jnp.float32(1))):
+        limit = oc.limits.moment_ratio(*decays)
+        out, state = run(oc.rescale_by_norm(limit, response=oc.responses.normalize()), [2.0, 5.0])
+        np.testing.assert_allclose(out, [1, 1], rtol=1e-6)
+        assert state.limit.tolist() == [1]
+
+
+def test_a_quantile_does_not_stick_at_zero_or_infinity():
+    """Steps as large as these would take the limit out of float32's range, whence it never comes back."""
+    out, _ = run(oc.clip_by_adaptive_quantile(rate=400.0), [0.5, 5.0, 5.0, 5.0, 5.0])
+    assert out[-1] > 0
+    tx = oc.clip_by_global_norm(oc.limits.quantile(initial=jnp.inf, rate=1.0))
+    _, state = run(tx, [1.0] * 400)
+    assert 0 < state.limit[0] < 10
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_percentage_of_16_bits_is_reckoned_in_float32(dtype):
+    """So `optax.inject_hyperparams` hands it over where all parameters are of 16 bits."""
+    tx = oc.clip_by_global_norm(oc.limits.percentile(dtype(90), window=1001))
+    _, state = run(tx, np.arange(1.0, 1002.0))
+    np.testing.assert_allclose(state.limit, [901], rtol=1e-6)

@@ -89,6 +89,13 @@ CASES = {
     "short steps": Case(
         spiky(), "none", r"Even the longest step is 1\.1e-06", SGD(learning_rate=1e-7), START
     ),
+    "short steps, but for one small layer": Case(
+        noise(),
+        "none",
+        r"clipping\. But ordinary steps of 'layer_3' are up to 0\.2 times as long as the weights there were",
+        SGD(learning_rate=2e-3),
+        {"start": np.array([1000.0] * 6 + [0.01] * 2)},
+    ),
     "together": Case(spiky(), "global", "95% of the ordinary norms stay below 3.28"),
     "one row": Case(spiky()[:, :1], "global", "4 steps are spikes, of up to", names=["w"]),
     "together, drifting": Case(drifting(spiky()), "global", "since norms drift, the limit follows them"),
@@ -501,6 +508,41 @@ def test_coarse_rows_and_rows_of_units_have_code_that_runs(norms, groups):
     assert len(acts_on(advice, PARAMS)) == len(NAMES)
     assert advice.comparison is not None
     acts_on(history.advise(learning_rate=0.1), PARAMS)
+
+
+def test_a_recording_of_the_whole_is_held_as_a_whole():
+    """Steps that are too long: one limit in a line, and how to tell layers apart."""
+    advice = recorded(noise(), oc.groups.whole(), PARAMS).advise(**SGD(learning_rate=1.0))
+    assert advice.policy == "global"
+    assert advice.code == f"oc.clip_by_global_norm({advice.limit!r})"
+    text = " ".join(advice.reasons)
+    assert "All together are held to that; record leaves, and each layer can be held to its own." in text
+    assert "Each layer is held" not in text
+
+
+@pytest.mark.parametrize(("entries", "said"), [(7e9, True), (7e4, False)])
+def test_adam_is_told_of_its_eps_where_entries_come_near_it(entries, said):
+    """A limit far below all norms costs nothing only while entries are far above Adam's eps."""
+    sizes = np.full(len(NAMES), entries / len(NAMES))
+    norms = 0.1 * spiky()
+    reasons = oc.History(NAMES, norms, sizes=sizes).advise(optimizer="adam").reasons
+    found = [reason for reason in reasons if "Adam's usual eps of 1e-8" in reason]
+    assert len(found) == said
+    assert all(f"Spread over {entries:,.0f} entries that is" in reason for reason in found)
+
+
+def test_a_recording_without_weights_says_why():
+    """`record` keeps them unless it was given an axis or shapes."""
+    tx, tree = oc.record(), {"a": jnp.ones(3)}
+    state = tx.init(jax.eval_shape(lambda: tree))
+    for size in noise(60, 1)[:, 0]:
+        _, state = tx.update({"a": jnp.float32(size) * tree["a"]}, state)
+    reasons = oc.History.from_state(state, tree).advise(**SGD(learning_rate=0.1)).reasons
+    assert reasons[0] == (
+        "The learning rate was not used: the recording has no norms of the parameters, since record() had an "
+        "axis_name or its init saw shapes alone; pass them to oc.History(history.names, history.norms, "
+        "start=...)."
+    )
 
 
 def test_recorded_layers_are_blamed_as_layers():

@@ -149,6 +149,26 @@ def test_one_all_reduce_for_each_distinct_set_of_axes(method, check_vma):
     assert [one.kind for one in found] == ["all-reduce"] * AXIS_SETS * (2 if method == "relative" else 1)
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_the_largest_entry_of_all_devices_has_a_derivative(check_vma):
+    """It is that of the entry; of two devices that share it, each has half."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+
+    def push(x, change):
+        def norm(x):
+            return oc.group_norms({"w": x}, norm=oc.norms.linf(), axis_name="x")["w"]
+
+        return jax.jvp(norm, (x,), (change,))
+
+    mapped = jax.shard_map(push, mesh=mesh, in_specs=P("x"), out_specs=P(), check_vma=check_vma)
+    change = jnp.arange(1.0, 9.0)
+    for x, expected in (
+        (jnp.array([1.0, -5, 2, 3, 4, 0, 0, 1]), (5.0, -2.0)),
+        (jnp.full(8, 2.0), (2.0, 4.5)),
+    ):
+        np.testing.assert_allclose(jax.jit(mapped)(x, change), expected, rtol=1e-6)
+
+
 def test_replicated_leaves_are_the_same_on_all_devices():
     """Where JAX does not check it, nothing drifts apart."""
     tx = METHODS["leafwise"](specs=SPECS)

@@ -195,6 +195,17 @@ def test_float64_leaves_have_a_float64_buffer():
         assert (state.norm.dtype, state.lost.dtype) == (jnp.float32, jnp.float32)
 
 
+def test_a_float64_buffer_beyond_float32_is_kept():
+    """Its norm in the state is the largest float32; what was cut off is not lost."""
+    with enable_x64(True):
+        tx = oc.carry_clipped(oc.clip_by_value(1.0))
+        state = tx.init({"w": jnp.zeros(1, jnp.float64)})
+        updates, state = tx.update({"w": jnp.array([1e100], jnp.float64)}, state)
+        assert updates["w"].tolist() == [1]
+        np.testing.assert_allclose(state.buffer["w"], [1e100])
+        assert state.norm == np.finfo(np.float32).max
+
+
 def test_a_clip_that_never_acts_changes_no_bit():
     steps = entries(2)
     state, (updates, _) = scan(oc.carry_clipped(oc.clip_by_value(jnp.inf)), steps)

@@ -111,7 +111,7 @@ def test_the_table_fits_the_terminal(files, width):
     assert "largest" in text
     assert "…" not in text or width == 30  # there only names are cut
     assert ("90 %" in text) == (width >= 80)
-    assert "not finite: from update 200 on" in " ".join(text.split())
+    assert "not finite: first at update 200, in" in " ".join(text.split())
 
 
 def test_nothing_is_cut_in_a_pipe(files):
@@ -466,6 +466,15 @@ def test_a_plot_without_matplotlib_says_what_to_install(files, tmp_path, monkeyp
     said = "optaxclip: History.plot: there is no matplotlib. Install it: pip install matplotlib.\n"
     assert found.stderr == said
     assert found.stderr.count("\n") == 1
+
+
+def test_a_picture_of_advice_says_what_was_assumed(files, tmp_path):
+    """The limit in it depends on the optimizer, and a picture has no room for reasons."""
+    assumed = "The advised limit: Taken: SGD, with a learning rate that is not known"
+    assert assumed in run("plot", files / "run.npz", "-o", tmp_path / "a.png").stdout
+    for more in (["--optimizer", "adam"], ["--no-advice"]):
+        assert "Taken" not in run("plot", files / "run.npz", "-o", tmp_path / "b.png", *more).stdout
+    assert "Taken" not in run("plot", files / "run.npz", "-o", tmp_path / "c.html").stdout
 
 
 @pytest.fixture

@@ -104,6 +104,9 @@ def test_relative_limits_of_zero_and_infinity_are_no_nan():
     params = {"a": jnp.array([0.0, 0.0]), "b": jnp.full(8, jnp.inf)}
     assert limits(oc.limits.relative(jnp.inf, floor=0.0), params=params) == [[np.inf, np.inf]]
     assert limits(oc.limits.relative(0.0), params=params) == [[0, 0]]
+    params = {"a": jnp.array([0.0, jnp.nan]), "b": jnp.ones(8)}
+    for ratio in (0.0, jnp.inf):
+        np.testing.assert_array_equal(limits(oc.limits.relative(ratio), params=params), [[np.nan, ratio]])
 
 
 def test_relative_limits_find_parameters_by_path():

@@ -1,5 +1,7 @@
 """The table of `docs/numerics.md`, over all dtypes; `test_edges.py` says what holds which row."""
 
+import warnings
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -110,6 +112,34 @@ def test_mixed_dtypes_share_a_norm_and_keep_their_own():
         for name, leaf in out.items():
             expected = np.asarray(grads[name], np.complex128) / reference.norm(grads.values())
             np.testing.assert_allclose(np.asarray(leaf, np.complex128), expected, rtol=EPSILON[name])
+
+
+def test_zeros_beside_tiny_float64_entries_stay_zeros():
+    """The factor of their group is beyond float32, and an infinity would make NaN of them."""
+    with enable_x64(True):
+        grads = {"a": jnp.array([1e-60], jnp.float64), "b": jnp.zeros(1, jnp.float32)}
+        out, _ = oc.rescale_tree(grads, 1.0, response=oc.responses.normalize())
+        np.testing.assert_allclose(out["a"], [1], rtol=1e-12)
+        assert out["b"].tolist() == [0]
+
+
+def test_numpy_leaves_of_64_bits_are_taken_as_jax_takes_them():
+    """In 32 bits, where 64 are switched off, without a warning about each."""
+    params = {"w": np.ones((2, 3))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for tx, grads in (
+            (oc.rescale_by_norm(1.0), params),
+            (oc.carry_clipped(oc.clip_by_value(0.5)), params),
+            (oc.carry_clipped(oc.clip_by_value(0.5), bound=1.0), params),
+            (oc.clip_per_example(1.0), {"w": np.ones((4, 2, 3))}),
+            (oc.scale_by_stable_adam(), params),
+            (oc.larc(0.1, weight_decay=0.1), params),
+            (oc.acclip(), params),
+            (oc.centralize(), params),
+        ):
+            out, _ = tx.update(grads, tx.init(params), params)
+            assert out["w"].dtype == np.float32
 
 
 def test_float64_is_clipped_to_the_rounding_of_float64():
@@ -236,6 +266,16 @@ def test_a_factor_too_small_for_float32_is_right_for_every_response():
     for response in (oc.responses.clip(), oc.responses.soft(), oc.responses.psac()):
         out, _ = oc.rescale_tree(jnp.array([1e3]), 1e-28, response=response)
         np.testing.assert_allclose(out, [1e-28], rtol=1e-5)
+
+
+@pytest.mark.parametrize("floor", [1e-12, 1e-25])
+@pytest.mark.parametrize(("norm", "limit"), [(1.0, 0.0), (1e32, 1.0), (1e32, 0.0), (3e38, 1e-5)])
+def test_a_least_factor_holds_however_small_it_is(floor, norm, limit):
+    """It does not shrink with the limit, as a factor without a floor does."""
+    for response in (oc.responses.clip(floor), oc.responses.band(0.5, most_down=floor)):
+        out, stats = oc.rescale_tree(jnp.array([norm]), limit, response=response)
+        np.testing.assert_allclose(out, [norm * max(floor, limit / norm)], rtol=1e-5)
+        np.testing.assert_allclose(stats.norm_after, np.abs(out), rtol=1e-5)
 
 
 def test_the_smooth_limit_of_a_huge_norm_does_not_overflow():

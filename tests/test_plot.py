@@ -290,9 +290,28 @@ def test_the_text_tells_the_first_update_that_is_not_finite():
     """And where the whole's norm was largest."""
     history = spiky()
     said = str(history)
-    assert "not finite: from update 60 on, first in layer/bias; head/kernel still was finite" in said
+    assert "not finite: first at update 60, in layer/bias; head/kernel still was finite; in 1 of" in said
     assert f"at update {np.nanargmax(history.whole)}" in said
     assert "loss: 2 at first, 1 at last, 1 at best" in said
+
+
+def test_the_text_tells_a_run_that_recovered_from_one_that_did_not():
+    """And that what is counted is of the last updates, where the first was before them."""
+    norms = np.ones((6, 2))
+    norms[2] = np.nan
+    assert str(oc.History(["a", "b"], norms)).endswith(
+        "first at update 2, in a and 1 more; in 1 of 6 updates"
+    )
+    norms[2:] = np.nan
+    assert str(oc.History(["a", "b"], norms)).endswith(
+        "from update 2 on, first in a and 1 more; in 4 of 6 updates"
+    )
+    tx = oc.record(capacity=4)
+    state = tx.init({"a": jnp.ones(2)})
+    for size in (1.0, np.nan, *[1.0] * 6):
+        _, state = tx.update({"a": jnp.full(2, size)}, state)
+    said = str(oc.History.from_state(state, {"a": jnp.ones(2)}))
+    assert said.endswith("first at update 1, in a; in 0 of the last 4 updates")
 
 
 def dead():

@@ -376,6 +376,17 @@ def test_the_count_of_entries_stops_at_its_largest_number():
         assert state.entries.tolist() == [expected]
 
 
+def test_the_entries_of_a_row_do_not_run_over_within_an_update(monkeypatch):
+    """Of a model with more than 2^31 parameters in one group, all NaN; leaves stand for billions here."""
+    monkeypatch.setattr(_record, "_not_finite", lambda block: jnp.full(block.kept, 2**30, jnp.int32))
+    grads = {"a": jnp.full(3, jnp.nan), "b": jnp.full(5, jnp.nan), "c": jnp.full(3, jnp.nan)}
+    for groups, expected in ((oc.groups.whole(), [2**31 - 1]), (oc.groups.leaf(), [2**30] * 3)):
+        tx = oc.record(groups)
+        _, state = tx.update(grads, tx.init(grads))
+        assert state.entries.tolist() == expected
+        assert state.first_entries.tolist() == expected
+
+
 # --- loss, parameters, start --------------------------------------------------------------------------------
 
 

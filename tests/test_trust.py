@@ -341,6 +341,14 @@ def test_methods_work_in_the_wrappers_of_optax(method):
     chex.assert_trees_all_equal(make().update({}, make().init({}), {})[0], {})
 
 
+def test_larc_clips_a_huge_gradient_rather_than_drop_it():
+    """The ratio of the limit and its norm is below float32's least number."""
+    params = {"w": jnp.array([5.0])}
+    tx = oc.larc(0.1)
+    updates, _ = tx.update({"w": jnp.array([3e38])}, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], [1], rtol=1e-6)
+
+
 def test_float64_is_reckoned_in_float64():
     with enable_x64(True):
         steps, params = (

@@ -184,6 +184,8 @@ def plot(
         as_json({"written": str(output)})
     else:
         print(f"Written: {output}")
+        if said is not None and optimizer is None and kind != "html":  # which shows all reasons
+            print(f"The advised limit: {said.reasons[0]}")
 
 
 @app.command(epilog=f"A policy is one of {_policies.FORMS}. Put NAME= before it to name it in the table.")

@@ -60,7 +60,7 @@ def advise(
         far = (beyond | found.spike) & (found.whole > steps.limit)
         if steps.whole > steps.safe or steps.first >= rule.high or far.any() or found.ended:
             return _too_long(case, steps, said)
-        said.append(_reasons.short_enough(found, steps))
+        said.append(_reasons.short_enough(found, steps, rule))
         return _advised(case, "none", _advice.nothing(), said)
     if found.ended and found.ordinary.sum() < rule.least_steps:
         return _from_the_start(case, said)
@@ -92,7 +92,8 @@ def _for_adam(case: Case, said: list[str]) -> Advice:
         return _advised(case, "none", _advice.nothing(), [*said, _reasons.nothing_beyond(found)])
     values = found.whole[_typical(case)]
     limit = _advice.rounded(float(np.quantile(values, case.budget)) / rule.below)
-    return _globally(case, limit, [*said, _reasons.for_adam(found, limit, rule)])
+    said = [*said, _reasons.for_adam(found, limit, rule), *_reasons.near_eps(case.history, limit)]
+    return _globally(case, limit, said)
 
 
 def _too_long(case: Case, steps: Lengths, said: list[str]) -> Advice:
@@ -105,13 +106,15 @@ def _too_long(case: Case, steps: Lengths, said: list[str]) -> Advice:
         chosen = _advice.clipping(limit, code, only([steps.layers[k] for k in own]), case.history.norm)
         return _advised(case, "outliers", chosen, said)
     by = finest(case.history) if coarser(case.history, LAYER) is None else LAYER
+    said = [*said, _reasons.all_too_long(case.found, steps, case.rule, whole=by == WHOLE)]
+    if by == WHOLE:
+        return _globally(case, _advice.rounded(float(limits[0])), said)
     if len(limits) <= case.rule.listed:
         limit, code = _advice.each(dict(zip(map(called, steps.layers), limits, strict=True)))
     else:
         limit, code = _advice.in_proportion(steps.safe / steps.rate, float(steps.scale.min()))
     chosen = _advice.clipping(limit, code, by, case.history.norm)
     at_start = _advice.held(limits).astype(np.float32)
-    said = [*said, _reasons.all_too_long(case.found, steps, case.rule)]
     if len(limits) > case.rule.listed:
         said.append(_reasons.in_proportion(_advice.rounded(float(steps.scale.min()))))
     return _advised(case, "layerwise", chosen, said, at_start=at_start)

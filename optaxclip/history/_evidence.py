@@ -30,7 +30,7 @@ class Rule(NamedTuple):
       at_limit: the recording is of clipped updates if this part of it shares its largest norm.
       step: by how much the output may change in a step of SGD, relatively. The trust coefficients of LARS
         (You et al., 2017) and of its clipped form in Apex are 0.001 and 0.02 for each layer;
-        `benchmarks/advice.py` has what half and twice of 0.005 cost.
+        `benchmarks/advice.py` has what half and twice of 0.005 cost, with momentum 0.9.
       high: the length of a step relative to the weights from which on it is far too long: at 0.1, ten steps
         in one direction double the weights.
       of_weights: the norm of an update relative to the weights', where a run ended before there was more to

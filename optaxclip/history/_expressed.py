@@ -50,7 +50,7 @@ def finest(history: Any) -> Grouping:
     """The grouping whose groups are the rows of a recording of whole leaves."""
     deepest = max((len(source.keys) for row in history.rows for source in row.sources), default=0)
     depths = (Grouping(_groups.depth(k), f"oc.groups.depth({k})") for k in range(1, deepest))
-    for by in (LEAF, LAYER, *depths):
+    for by in (LEAF, LAYER, WHOLE, *depths):
         found = coarser(history, by)
         if found is not None and len(found.names) == len(history.names):
             return by

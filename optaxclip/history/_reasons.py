@@ -1,6 +1,7 @@
 """Why an advice is what it is, in sentences with the numbers that led to it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from optaxclip.history._seen import WORTH_SAYING, count, percent, some
 # These change what is said, not what is advised.
 MOST = 0.5  # of the steps
 TURNED = 0.99  # the cosine of 8 degrees; a smaller angle is no reason against a policy
+NEAR_EPS = 1e-6  # of an entry; from 100 times Adam's usual eps on, steps are a hundredth shorter at most
 
 
 def clips_most(advised: Compared, policy: str) -> list[str]:
@@ -34,18 +36,32 @@ def nothing_beyond(found: Evidence) -> str:
     return f"No step{first} is beyond what is ordinary: nothing would be gained by clipping."
 
 
-def short_enough(found: Evidence, steps: Lengths) -> str:
-    """Why there is no clipping though some steps are spikes."""
+def short_enough(found: Evidence, steps: Lengths, rule: Rule) -> str:
+    """Why there is no clipping though some steps are spikes, or long for some layers."""
+    also = _far_in_some(steps, rule)
     longest = steps.rate * float(found.whole.max()) / norm(steps.weights)
     if longest > steps.safe:
         first = "the first steps are" if found.settling.any() else "what scatters beyond it is"
         return (
             f"Up to {steps.safe:.2g} times the weights is safe, and {first} at most {longest:.2g}: nothing "
-            "would be gained by clipping."
+            f"would be gained by clipping.{also}"
         )
     return (
         f"Even the longest step is {longest:.2g} times as long as the weights, and {steps.safe:.2g} is safe: "
-        "nothing would be gained by clipping."
+        f"nothing would be gained by clipping.{also}"
+    )
+
+
+def _far_in_some(steps: Lengths, rule: Rule) -> str:
+    """That some layers take far longer steps than all together do; nothing if none does."""
+    far = np.nan_to_num(steps.each) >= rule.high
+    if not far.any():
+        return ""
+    names = [called(steps.layers[k]) for k in np.flatnonzero(far)]
+    return (
+        f" But ordinary steps of {some(names)} are up to {steps.each[far].max():.2g} times as long as the "
+        "weights there were at the start. Layers that start near zero grow out of that; if training fails, "
+        "look there first."
     )
 
 
@@ -67,6 +83,20 @@ def for_adam(found: Evidence, limit: float, rule: Rule) -> str:
     )
 
 
+def near_eps(history: Any, limit: float) -> list[str]:
+    """That entries of a clipped update come near Adam's eps, where they do and that is known."""
+    if history.sizes is None or history.norm != "l2":
+        return []
+    entries = float(history.sizes.sum())
+    each = limit / np.sqrt(entries)
+    if not each < NEAR_EPS:
+        return []
+    return [
+        f"Spread over {entries:,.0f} entries that is {each:.1g} each, and Adam's usual eps of 1e-8 beside it "
+        f"makes steps shorter: pass the optimizer an eps of {each / 100:.0g} or less."
+    ]
+
+
 def culprits_too_long(steps: Lengths, culprits: np.ndarray) -> str:
     """Why some layers are limited by the length of their steps."""
     names = [called(steps.layers[k]) for k in np.flatnonzero(culprits)]
@@ -84,13 +114,17 @@ def culprits_too_long(steps: Lengths, culprits: np.ndarray) -> str:
     )
 
 
-def all_too_long(found: Evidence, steps: Lengths, rule: Rule) -> str:
-    """Why every layer is limited by the length of its step."""
+def all_too_long(found: Evidence, steps: Lengths, rule: Rule, whole: bool) -> str:
+    """Why each layer is limited by the length of its step; or the `whole`, if nothing finer was recorded."""
+    held = "Each layer is held to that{also}, relative to its own weights{why}."
+    why = ": a limit on the whole would let one layer use it up for all"
+    if whole:
+        held = "All together are held to that{also}; record leaves, and each layer can be held to its own."
     longest = steps.rate * float(found.whole.max()) / norm(steps.weights)
     if longest <= steps.safe:
         return (
-            f"No finite step was longer than is safe, {steps.safe:.2g} times the weights. Each layer is held "
-            "to that all the same, relative to its own weights."
+            f"No finite step was longer than is safe, {steps.safe:.2g} times the weights. "
+            f"{held.format(also=' all the same', why='')}"
         )
     blame = ""
     if max(steps.whole, steps.first) >= rule.high and not found.ended:
@@ -105,9 +139,8 @@ def all_too_long(found: Evidence, steps: Lengths, rule: Rule) -> str:
     elif steps.whole > steps.safe:
         which, length = "Ordinary steps are", steps.whole
     return (
-        f"{which} {length:.2g} times as long as the weights, and {steps.safe:.2g} is safe.{blame} Each layer "
-        "is held to that, relative to its own weights: a limit on the whole would let one layer use it up "
-        "for all."
+        f"{which} {length:.2g} times as long as the weights, and {steps.safe:.2g} is safe.{blame} "
+        f"{held.format(also='', why=why)}"
     )
 
 

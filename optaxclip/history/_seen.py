@@ -65,6 +65,11 @@ def taken(history: Any, optimizer: str | None, rate: float | None, used: bool) -
         said.append(f"Taken: SGD. Pass {what[0]}.")
     if rate is not None and not used:
         why = "the recording has no norms of the parameters; record them with oc.record()"
+        if history.run is not None:
+            why = (
+                "the recording has no norms of the parameters, since record() had an axis_name or its init "
+                "saw shapes alone; pass them to oc.History(history.names, history.norms, start=...)"
+            )
         if history.start is not None and history.norm != "l2":
             why = f"the norms are {history.norm}, and lengths are l2; record these"
         elif history.start is not None:

@@ -267,7 +267,15 @@ def _nonfinite(history: Any, updates: int) -> str:
         return "never"
     rest = len(first.names) - 1
     also = f" and {rest:,} more" if rest else ""
-    said = f"from update {first.step:,} on, first in {printable(first.names[0], NAME_WIDTH)}{also}"
+    since = history.steps >= first.step
+    lasting = not np.isfinite(history.norms[since]).all(axis=1).any()
+    begin = (
+        f"from update {first.step:,} on, first"
+        if since.any() and lasting
+        else f"first at update {first.step:,},"
+    )
+    said = f"{begin} in {printable(first.names[0], NAME_WIDTH)}{also}"
     if first.deepest_finite is not None:
         said += f"; {printable(first.deepest_finite, NAME_WIDTH)} still was finite"
-    return f"{said}; in {updates:,} of {len(history):,} updates"
+    kept = "the last " if len(history) and first.step < history.steps[0] else ""
+    return f"{said}; in {updates:,} of {kept}{len(history):,} updates"
