@@ -122,10 +122,12 @@ def compiled(case: Case) -> Any:
 def counted(case: Case) -> Counted:
     """Compiles a program and counts its collectives."""
     begin = time.perf_counter()
-    found = hlo.collectives(hlo.parse(compiled(case)))
+    program = compiled(case)
     seconds = time.perf_counter() - begin
+    found = hlo.collectives(hlo.parse(program))
     sums = [one for one in found if one.kind == "all-reduce"]
-    norms, counts = [one for one in sums if not one.integer], [one for one in sums if one.integer]
+    counts = [one for one in sums if one.integer and one.where != "entry"]
+    norms = [one for one in sums if one not in counts]
     gathers = [one for one in found if one.kind == "all-gather"]
     tree = layouts.tree(case.layout, case.grouping, case.size, None)
     return Counted(

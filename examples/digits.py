@@ -1,4 +1,7 @@
-"""What the examples with frameworks share: scanned digits, batches, and what to print in the end."""
+"""What the examples with frameworks share: scanned digits, batches, and what to print in the end.
+
+It needs scikit-learn: `pip install scikit-learn`.
+"""
 
 from collections.abc import Iterator
 from typing import Any

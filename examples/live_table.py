@@ -1,10 +1,12 @@
-"""Training with a live table of the layers that are clipped most. It needs rich.
+"""Training with a live table of the layers that are clipped most.
+
+It needs rich and scikit-learn, in a checkout `pip install -e '.[examples]'`.
 
 `python examples/live_table.py` redraws it in place; where there is no terminal, as in a log of a cluster, a
 table is printed now and then.
 """
 
-import sys
+import argparse
 from typing import Any
 
 import jax
@@ -82,4 +84,6 @@ def main(steps: int = 300, console: Console | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 300)
+    parser = argparse.ArgumentParser(description="Trains with a live table.")
+    parser.add_argument("steps", type=int, nargs="?", default=300)
+    main(parser.parse_args().steps)

@@ -4,8 +4,8 @@ After `python examples/log_jsonl.py log.jsonl`, look at it and ask: `optaxclip s
 `optaxclip advise log.jsonl`.
 """
 
+import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,4 +57,6 @@ def main(path: Path, steps: int = 200) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "log.jsonl"))
+    parser = argparse.ArgumentParser(description="Trains, and writes a line of JSON for each step.")
+    parser.add_argument("path", type=Path, nargs="?", default=Path("log.jsonl"))
+    main(parser.parse_args().path)

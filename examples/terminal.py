@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -68,13 +69,14 @@ def written(paths: list[Path], learning_rate: float, console: Console) -> None:
     recording = paths[-1]
     page = recording.with_name(f"{recording.stem}_norms.html")
     program, rate = _program(), f"--learning-rate {learning_rate:g}"
+    file, output = (shlex.quote(str(path)) for path in (recording, page))
     console.rule()
     lines = (
         f"Written: {', '.join(map(str, paths))}",
         "The last is the recording of the run without clipping. Look at it, and ask it again:",
-        f"  {program} show {recording}",
-        f"  {program} plot {recording} {rate} -o {page}",
-        f"  {program} advise {recording} {rate}",
+        f"  {program} show {file}",
+        f"  {program} plot {file} {rate} -o {output}",
+        f"  {program} advise {file} {rate}",
     )
     console.print(Text("\n".join(lines)), soft_wrap=True)
 
@@ -85,4 +87,4 @@ def _program() -> str:
         return "optaxclip"
     python = Path(sys.executable)
     here = python.relative_to(os.getcwd()) if python.is_relative_to(os.getcwd()) else python
-    return f"{here} -m optaxclip"
+    return f"{shlex.quote(str(here))} -m optaxclip"

@@ -196,11 +196,15 @@ def whole_of(stats: Stats, table: Table, norm: Norm) -> Stats:
     """The statistics of the whole update, from those of its rows."""
     norms = jnp.stack([stats.norm, stats.norm_after, stats.limit])
     before, after, limit = merge(norm, norms, table.sizes)
-    some = (before > 0) & jnp.isfinite(before)
-    # Beside a norm that is not finite all that is left is 0, or NaN.
-    ratio = jnp.where(some, after / jnp.where(some, before, 1), jnp.where(before == 0, 1, 0 * after))
+    ratio = ratio_of(before, after)
     clipped, nonfinite = jnp.any(jnp.stack([stats.clipped, stats.nonfinite]), axis=1)
     return Stats(before, after, limit, ratio, clipped, nonfinite)
+
+
+def ratio_of(before: jax.Array, after: jax.Array) -> jax.Array:
+    """The factor of several rows together; beside a norm that is not finite all that is left is 0, or NaN."""
+    some = (before > 0) & jnp.isfinite(before)
+    return jnp.where(some, after / jnp.where(some, before, 1), jnp.where(before == 0, 1, 0 * after))
 
 
 def single(x: jax.Array) -> jax.Array:

@@ -34,6 +34,7 @@ def centralize(
 
     Where a mean would be that of one entry, as in a dense layer with one input, the array is left alone: it
     would be zeros at every step. The mean is taken in float32 (float64 for such leaves) and dtypes are kept.
+    Entries below 1e-38 times their number may count as zeros in it.
     A NaN or an infinity makes its unit NaN. There is no state.
 
     Args:

@@ -9,9 +9,10 @@ import optax
 
 from optaxclip import _checks, _mesh, groups as _groups
 from optaxclip._base import PyTree
-from optaxclip._learning import power_mean
+from optaxclip._learning import in_float32, power_mean
+from optaxclip._measure import largest
 from optaxclip._partition import partition
-from optaxclip._read import times, widen
+from optaxclip._read import modulus, times, unit, widen
 from optaxclip._split import AxisName, axes_of, told
 from optaxclip._walk import (
     across,
@@ -141,15 +142,17 @@ def acclip(
     def rule(leaf: jax.Array, k: int, momentum: jax.Array, bound: jax.Array):
         del k
         real = bound.dtype
-        known = jnp.isfinite(jnp.abs(leaf))
+        known = jnp.isfinite(leaf)
         seen = jnp.where(known, leaf, 0)
         learned = times(momentum, number(b1, real)) + times(seen, rest(b1, real))
         momentum = jnp.where(known, learned, momentum)
-        bound = jnp.where(known, power_mean(jnp.abs(seen), bound, rest(b2, real), alpha), bound)
-        size = jnp.abs(momentum) + number(eps, real)
+        bound = jnp.where(known, power_mean(modulus(seen), bound, rest(b2, real), alpha), bound)
+        size = modulus(momentum) + number(eps, real)
         outside = known & (bound < size) & (momentum != 0)
-        by = jnp.where(outside, bound / jnp.where(outside, size, 1), 1)
-        return jnp.where(known, times(momentum, by), leaf), (momentum, bound), outside
+        first = _first(modulus(momentum))
+        by = jnp.where(outside, bound / jnp.where(outside, size * first, 1), 1)
+        clipped = times(times(momentum, jnp.where(outside, first, 1)), by)
+        return jnp.where(known, clipped, leaf), (momentum, bound), outside
 
     def init(params: PyTree) -> ACClipState:
         return ACClipState(momentum=zeros(params), bound=zeros(params, modulus=True), **counters())
@@ -177,8 +180,8 @@ def mask_spikes(
     v_t = d\,v_{t-1} + (1 - d)\,g_t'^2$$
 
     The second moment starts at 0 and is not freed of its bias. It is forgotten at update `period` and every
-    `period` after, and nothing is clipped in the first `grace` updates of a period. An entry whose second
-    moment is 0 is left as it is.
+    `period` after. Nothing is clipped before update `grace`, nor in the first `grace` updates from one at
+    which it is forgotten. An entry whose second moment is 0 is left as it is.
 
     All is reckoned in float32 (float64 for such leaves), and dtypes are kept. Infinite entries are spikes and
     NaN stays NaN; neither is learned, and other entries do not notice. Zeros are learned, as by Adam. The
@@ -187,7 +190,7 @@ def mask_spikes(
     Args:
       threshold: θ, how many times its second moment an entry's square may be; positive.
       period: how many updates a period has. Where the optimizer is in `reset_momentum`, the same as there.
-      grace: how many updates of a period to wait, less than `period`.
+      grace: how many updates to wait, counted from 0 at a reset, and from 1 at the start; less than `period`.
       decay: d, the weight of the past in the second moment per step, from 0 to 1.
 
     Returns:
@@ -229,12 +232,12 @@ def mask_spikes(
         def rule(leaf: jax.Array, k: int, rms: jax.Array):
             del k
             rms = jnp.where(since == 0, 0, rms)
-            modulus = jnp.abs(leaf)
+            size = modulus(leaf)
             bound = jnp.sqrt(number(threshold, rms.dtype)) * rms
-            outside = (since >= grace) & (rms > 0) & (modulus > bound)
-            clipped = jnp.where(outside, times(_unit(leaf, modulus), bound), leaf)
-            seen = jnp.where(outside, bound, modulus)
-            known = jnp.isfinite(modulus)
+            outside = (since >= grace) & (rms > 0) & (size > bound)
+            clipped = jnp.where(outside, times(unit(leaf), bound), leaf)
+            seen = jnp.where(outside, bound, size)
+            known = jnp.isfinite(leaf)
             learned = power_mean(jnp.where(known, seen, 0), rms, rest(decay, rms.dtype), 2)
             return clipped, (jnp.where(known, learned, rms),), outside
 
@@ -245,11 +248,9 @@ def mask_spikes(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _unit(leaf: jax.Array, modulus: jax.Array) -> jax.Array:
-    if not jnp.iscomplexobj(leaf):
-        return jnp.sign(leaf)
-    size = jnp.where(modulus > 0, modulus, 1)
-    return jax.lax.complex(leaf.real / size, leaf.imag / size)
+def _first(size: jax.Array) -> jax.Array:
+    """What to multiply entries by first: a bound over a large number may be too small, and taken for zero."""
+    return jnp.where(size > 1, 2.0**-64, 1.0).astype(size.dtype)
 
 
 def adaptive_value_clip(
@@ -314,13 +315,14 @@ def adaptive_value_clip(
             return updates, state._replace(step=step)
         order = sorted(rows, key=rows.__getitem__)
         splits = axes_of(part, part.leaves, split)
-        peaks = across(jax.lax.pmax, {k: _peak(part.leaves[k]) for k in order}, part.leaves, splits)
-        peak, bad = jnp.stack([peaks[k] for k in order], axis=1)
+        peaks = across(largest, {k: _peak(part.leaves[k]) for k in order}, part.leaves, splits)
+        peak = jnp.stack([_in_state(peaks[k][0]) for k in order])
+        bad = jnp.stack([peaks[k][1].astype(jnp.float32) for k in order])
         limit, weight = _learned(state, peak, bad == 0, rest(decay, jnp.float32))
         bound = jnp.where(weight > 0, limit, jnp.inf)
         made, over = {}, {}
         for k, row in rows.items():
-            made[k], over[k] = _to_limit(part.leaves[k], peak[row], bound[row])
+            made[k], over[k] = _to_limit(part.leaves[k], peaks[k][0], bound[row])
         over = across(jax.lax.psum, over, part.leaves, splits)
         clipped = jnp.stack([over[k] for k in order])
         entries = sum(part.leaves[k].size * _mesh.axis_size(splits[k]) for k in rows)
@@ -337,11 +339,15 @@ def adaptive_value_clip(
 
 
 def _peak(leaf: jax.Array) -> jax.Array:
-    """The largest finite modulus of a leaf, and 1 if not all of it is finite."""
-    modulus = jnp.abs(widen(leaf, real_dtype(leaf)))
-    finite = jnp.isfinite(modulus)
-    peak = jnp.max(jnp.where(finite, modulus, 0)).astype(jnp.float32)
-    return jnp.stack([peak, (~jnp.all(finite)).astype(jnp.float32)])
+    """The largest finite modulus of a leaf, and 1 if not all of it is finite, in its accumulation dtype."""
+    wide = widen(jnp.asarray(leaf), real_dtype(leaf))
+    finite = jnp.isfinite(wide)
+    peak = jnp.max(jnp.where(finite, modulus(wide), 0))
+    return jnp.stack([peak, (~jnp.all(finite)).astype(peak.dtype)])
+
+
+def _in_state(peak: jax.Array) -> jax.Array:
+    return jnp.where(peak > 0, in_float32(peak), 0)
 
 
 def _learned(
@@ -350,19 +356,21 @@ def _learned(
     """The means without bias, and their weights: the mean of one peak is that peak, to the last bit."""
     known = finite & (peak > 0)
     weight = state.weight + share * (1 - state.weight)
-    limit = state.limit + share / jnp.where(weight > 0, weight, 1) * (peak - state.limit)
+    whole = jnp.where(weight > 0, weight, 1)
+    new, old = share / whole, state.weight * (1 - share) / whole
+    # From the one that counts more, or a mean far below the other would be lost.
+    limit = jnp.where(new > 0.5, peak + old * (state.limit - peak), state.limit + new * (peak - state.limit))
     return jnp.where(known, limit, state.limit), jnp.where(known, weight, state.weight)
 
 
 def _to_limit(leaf: jax.Array, peak: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The leaf with entries above the bound scaled so that the peak becomes it, and how many these were."""
-    wide = widen(leaf, real_dtype(leaf))
-    modulus = jnp.abs(wide)
-    peak, bound = (x.astype(modulus.dtype) for x in (peak, bound))
-    outside = modulus > bound
-    # In two steps, since the ratio of a bound to a peak may be too small a number, and be taken for zero.
-    first = jnp.where(peak > 1, 2.0**-64, 1.0).astype(peak.dtype)
+    wide = widen(jnp.asarray(leaf), real_dtype(leaf))
+    # In the dtype of the bound, which is rounded to it: a peak is not outside of itself.
+    outside = modulus(wide).astype(bound.dtype) > bound
+    bound, first = bound.astype(peak.dtype), _first(peak)
     peak = jnp.where(peak > 0, peak, 1) * first
     scaled = times(times(wide, first), jnp.where(jnp.isfinite(bound), bound, 0) / peak)
-    scaled = jnp.where(jnp.isfinite(modulus), scaled, times(_unit(wide, modulus), bound))
-    return jnp.where(outside, scaled, wide).astype(leaf.dtype), count(outside)
+    scaled = jnp.where(jnp.isfinite(wide), scaled, times(unit(wide), bound))
+    made = jnp.where(outside, scaled, wide).astype(jax.dtypes.canonicalize_dtype(leaf.dtype))
+    return made, count(outside)

@@ -5,12 +5,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optaxclip import _checks
 from optaxclip._base import PyTree
+from optaxclip._learning import at_step
 from optaxclip._partition import partition
-from optaxclip._read import times
+from optaxclip._read import times, unit
 from optaxclip.groups import whole
 
 
@@ -82,7 +84,7 @@ def clip_by_value(
         del params, extra_args
         _checks.state("clip_by_value", state, ClipByValueState)
         part = partition(whole(), updates)
-        bound = jnp.asarray(max_delta(state.step) if callable(max_delta) else max_delta)
+        bound = at_step(max_delta, state.step)
         bound = jnp.maximum(bound, 0)
         leaves, entries = list(part.leaves), 0
         over, bad = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.bool)
@@ -93,7 +95,7 @@ def clip_by_value(
                 over += jnp.sum(outside, dtype=jnp.float32)
                 bad |= jnp.any(~jnp.isfinite(leaf))
                 entries += leaf.size
-        share = over / max(entries, 1)
+        share = over / np.float32(max(entries, 1))  # a Python number is an int32 to JAX, and too small
         new = ClipByValueState(
             step=jnp.asarray(optax.safe_increment(state.step)),
             share=share,
@@ -111,6 +113,5 @@ def _clip(leaf: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
     bound = bound.astype(modulus.dtype)
     outside = modulus > bound
     if jnp.iscomplexobj(leaf):
-        by = bound / jnp.where(outside & jnp.isfinite(modulus), modulus, 1)
-        return jnp.where(outside, times(leaf, by), leaf), outside
+        return jnp.where(outside | jnp.isnan(bound), times(unit(leaf), bound), leaf), outside
     return jnp.clip(leaf, -bound, bound), outside

@@ -81,5 +81,11 @@ def power_mean(new: jax.Array, old: jax.Array, weight: float | jax.Array, power:
         mean = (1 - weight) * b * b + weight * a * a
         return jnp.where(mean > 0, peak * jnp.sqrt(jnp.where(mean > 0, mean, 1)), 0)
     power = at_step(power, 0).astype(old.dtype)
-    mean = (1 - weight) * b**power + weight * a**power
+    mean = (1 - weight) * _power(b, power) + weight * _power(a, power)
     return jnp.where(mean > 0, peak * jnp.where(mean > 0, mean, 1) ** (1 / power), 0)
+
+
+def _power(x: jax.Array, power: jax.Array) -> jax.Array:
+    """A positive power, with a derivative of 0 at 0 where it would be infinite."""
+    some = x > 0
+    return jnp.where(some, jnp.where(some, x, 1) ** power, 0)

@@ -160,7 +160,7 @@ def _across(
     by_axes = collections.defaultdict(list)
     for block in blocks:
         by_axes[block.split].append(block)
-    reduce = lax.psum if combine == "sum" else _largest
+    reduce = lax.psum if combine == "sum" else largest
     found, found_rows = [], []
     for split, alike in by_axes.items():
         index = np.concatenate([block.rows for block in alike])
@@ -176,18 +176,18 @@ def _across(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _largest(values: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def largest(values: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """The largest value of all devices along some mesh axes; JAX has no derivative for that."""
     return lax.pmax(values, axes)
 
 
-@_largest.defjvp
+@largest.defjvp
 def _(axes, primals, tangents):
     (own,), (change,) = primals, tangents
-    largest = _largest(own, axes)
-    here = (own == largest).astype(own.dtype)
+    peak = largest(own, axes)
+    here = (own == peak).astype(own.dtype)
     # Devices that share the largest value share the derivative.
-    return largest, lax.psum(here * change, axes) / jnp.maximum(lax.psum(here, axes), 1)
+    return peak, lax.psum(here * change, axes) / jnp.maximum(lax.psum(here, axes), 1)
 
 
 def _add(combine: Combine):

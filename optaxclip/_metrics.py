@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from optaxclip import _checks, groups as _groups, norms as _norms
+from optaxclip._apply import ratio_of
 from optaxclip._base import Groups, Norm, PyTree, Stats, Table
 from optaxclip._carry import CarryState
 from optaxclip._coordinate import ACClipState, AdaptiveValueClipState, MaskSpikesState
@@ -214,6 +215,7 @@ def _statistics(
     """Those of the rows, those of the whole, and how many rows are put together."""
     match state:
         case RescaleState() | SpectralState():
+            norm = _norms.spectral() if isinstance(state, SpectralState) else norm
             stats = Stats(*(getattr(state, field) for field in Stats._fields))
             return _columns(stats, step), _columns(state.whole, step), functools.partial(_together, norm=norm)
         case SkipState():
@@ -295,7 +297,7 @@ def _together(stats: dict[str, Any], own: slice, table: Table, *, norm: Norm) ->
         for statistic in ("norm_before", "norm_after", "limit")
     }
     before, after = found["norm_before"], found["norm_after"]
-    found["factor"] = jnp.where(before > 0, after / jnp.where(before > 0, before, 1), 1)
+    found["factor"] = ratio_of(before, after)
     found["clipped_fraction"] = stats["clipped_fraction"][own].mean()
     found["nonfinite_count"] = stats["nonfinite_count"][own].max()
     return found

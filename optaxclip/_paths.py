@@ -30,6 +30,11 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tup
     return flat
 
 
+def parts(keys: tuple[str, ...]) -> tuple[str, ...]:
+    """The keys without slashes in them: a tree prefix may be nested where a tree of arrays is flat."""
+    return tuple(part for key in keys for part in key.split("/"))
+
+
 def nearest(keys: tuple[str, ...], known: Container[tuple[str, ...]]) -> tuple[str, ...] | None:
     """The longest beginning of a path that is among those known, in a tree prefix, or None."""
     return next((keys[:n] for n in range(len(keys), -1, -1) if keys[:n] in known), None)

@@ -170,6 +170,31 @@ def times(x: jax.Array, factor: jax.Array) -> jax.Array:
     return lax.complex(x.real * factor, x.imag * factor) if jnp.iscomplexobj(x) else x * factor
 
 
+def modulus(x: jax.Array) -> jax.Array:
+    """The moduli of entries, of finite ones at most the largest number."""
+    size = jnp.abs(x)
+    if not jnp.iscomplexobj(x):
+        return size
+    return jnp.where(jnp.isfinite(x), jnp.minimum(size, float(jnp.finfo(x.dtype).max)), size)
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """The signs of real entries; the directions of complex ones, whose infinite parts alone count."""
+    if not jnp.iscomplexobj(x):
+        return jnp.sign(x)
+    real, imag = (jnp.where(jnp.isinf(part), jnp.sign(part), part) for part in (x.real, x.imag))
+    endless = jnp.isinf(x.real) | jnp.isinf(x.imag)
+    real, imag = (
+        jnp.where(endless & jnp.isfinite(part), 0, own) for part, own in ((x.real, real), (x.imag, imag))
+    )
+    # A quarter of the largest numbers, so that their modulus is one.
+    scale = jnp.where(jnp.maximum(jnp.abs(real), jnp.abs(imag)) > 1, 0.25, 1).astype(real.dtype)
+    scaled = jax.lax.complex(real * scale, imag * scale)
+    size = jnp.abs(scaled)
+    size = jnp.where(size > 0, size, 1)
+    return jax.lax.complex(scaled.real / size, scaled.imag / size)
+
+
 def without_nan(x: jax.Array) -> jax.Array:
     """Infinity in place of NaN, which a maximum over devices would pass over. Both are not finite."""
     return jnp.where(jnp.isnan(x), jnp.inf, x)

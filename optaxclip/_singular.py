@@ -20,6 +20,7 @@ Pair: TypeAlias = tuple[jax.Array, jax.Array]
 
 PARALLEL = 2.0**-6  # of a second vector, how much must not be along the first
 FAR = 2.0**60  # a limit beyond which a scaled matrix is as good as unlimited
+SOUND = 1.25  # an entry of a product that goes to the identity from below is larger only if it does not
 
 
 class View(NamedTuple):
@@ -283,7 +284,11 @@ def by_newton_schulz(x: jax.Array, scale: jax.Array, limit: jax.Array, iteration
     def turn(k: int, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         del k
         root, inverse = pair
-        step = 1.5 * eye - 0.5 * product(inverse, root)
+        found = product(inverse, root)
+        # Eigenvalues go to 1 from below. Those that rounding made negative grow, in directions that the
+        # matrix does not have: the iteration stops where one of them is as large as the others.
+        sound = jnp.max(jnp.abs(found), axis=(-2, -1), keepdims=True) <= SOUND
+        step = jnp.where(sound, 1.5 * eye - 0.5 * found, eye)
         return product(root, step), product(step, inverse)
 
     _, found = lax.fori_loop(0, iterations, turn, (root, root * 0 + eye))

@@ -78,7 +78,7 @@ def told(where: str, axis_name: AxisName, specs: PyTree = None, whole: bool = Fa
                 f"{where}: specs has {leaf.value} at {leaf.path!r}, which does not say how a value is split. "
                 "Name the mesh axes, or None, for each dimension."
             )
-        by_keys[leaf.keys] = leaf.value
+        by_keys[_paths.parts(leaf.keys)] = leaf.value
     return Split(where, axis_name, by_keys, whole)
 
 
@@ -226,7 +226,7 @@ def _specs_of(part: Partition, split: Split) -> list[PartitionSpec] | None:
     own = named_leaves(jax.tree.unflatten(part.treedef, range(len(part.paths))))
     found = []
     for leaf, place in zip(own, part.places, strict=True):
-        at = _paths.nearest(leaf.keys, split.specs)
+        at = _paths.nearest(_paths.parts(leaf.keys), split.specs)
         spec = None if at is None else split.specs[at]
         if spec is None and place is not None:
             known = _checks.listed("/".join(keys) for keys in split.specs)

@@ -150,7 +150,8 @@ def counted(state: Any, walked: Walked) -> dict[str, jax.Array]:
     bad = [jnp.any(~jnp.isfinite(leaves[k])) for k in walked.noted]
     return {
         "step": jnp.asarray(optax.safe_increment(state.step)),
-        "share": over / max(sum(x.size for x in walked.noted.values()), 1),
+        # A Python number is an int32 to JAX, which large models have more entries than.
+        "share": over / np.float32(max(sum(x.size for x in walked.noted.values()), 1)),
         "clipped": state.clipped + (over > 0).astype(jnp.int32),
         "nonfinite": state.nonfinite + jnp.any(jnp.array(bad, jnp.bool)).astype(jnp.int32),
     }

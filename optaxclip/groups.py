@@ -309,12 +309,12 @@ def labels(rule: Any, *, names: Sequence[str] | None = None) -> Groups:
     if callable(rule) and jax.tree_util.all_leaves([rule]):
         return _by_leaf(where, lambda leaf: _member(where, rule(leaf.path, leaf.value)), names)
     prefix = {
-        _parts(keys): _member(where, name)
+        _paths.parts(keys): _member(where, name)
         for keys, name in _paths.flatten(rule, is_leaf=lambda x: x is None or isinstance(x, Member))
     }
 
     def place(leaf: Leaf) -> Member | None:
-        at = _paths.nearest(_parts(leaf.keys), prefix)
+        at = _paths.nearest(_paths.parts(leaf.keys), prefix)
         if at is not None:
             return prefix[at]
         raise ValueError(
@@ -323,11 +323,6 @@ def labels(rule: Any, *, names: Sequence[str] | None = None) -> Groups:
         )
 
     return _by_leaf(where, place, names)
-
-
-def _parts(keys: tuple[str, ...]) -> tuple[str, ...]:
-    """The keys without slashes in them: trees of names may be nested where a tree of arrays is flat."""
-    return tuple(part for key in keys for part in key.split("/"))
 
 
 def unit(axis: Axes = None, *, names: Sequence[str] | None = None) -> Groups:

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -348,6 +349,7 @@ def trial(
 # Processes that are killed.
 
 STRIDE = 20  # updates between two checkpoints
+PATIENCE = 300  # seconds
 # An adaptive limit, a recording in the state, and two that hold an optimizer or a buffer.
 KILLED = ("adagc", "record", "skip_updates", "carry_clipped")
 
@@ -384,10 +386,14 @@ def killed(name: str, folder: Path, seed: int) -> str:
     words = [sys.executable, __file__, "--child", str(folder), "--methods", name]
     child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
     assert child.stdout is not None
-    wanted = f"{rng.choice(['saving', 'writing'])} {STRIDE * int(rng.integers(2, 5))}\n"
+    stalled = threading.Timer(PATIENCE, child.terminate)  # which ends it by another signal than is expected
+    stalled.start()
+    # From the third checkpoint on, when the first is surely there.
+    wanted = f"{rng.choice(['saving', 'writing'])} {STRIDE * int(rng.integers(3, 6))}\n"
     for line in child.stdout:
         if line == wanted:
             break
+    stalled.cancel()
     time.sleep(rng.uniform(0, 0.05))
     child.send_signal(signal.SIGKILL)
     child.stdout.close()

@@ -49,7 +49,8 @@ TESTS = {
     "_learning": [*ADAPTIVE, "tests/test_limits.py", "tests/test_coordinate.py"],
 }
 REWRITE = "ignore::pytest.PytestAssertRewriteWarning"  # of plugins that are imported already
-SECONDS = 600  # of computing; what takes longer has been noticed
+SECONDS = 600  # of computing
+WORDS = {0: "SURVIVED", 1: "noticed", 2: "noticed"}  # by pytest's exit code; 2: a module cannot be imported
 
 COMPARISONS = {
     ast.Lt: ast.LtE,
@@ -158,8 +159,8 @@ def mutants(module: str) -> list[Mutant]:
     return made
 
 
-def noticed(mutant: Mutant | None, tests: list[str], folder: Path) -> bool:
-    """Whether a test fails with the error in the copy of the tree in a folder."""
+def outcome(mutant: Mutant | None, tests: list[str], folder: Path) -> str:
+    """What tests say of the error in the copy of the tree in a folder: one of `WORDS`, or how they ended."""
     path = None if mutant is None else folder / "optaxclip" / f"{mutant.module}.py"
     before = b"" if path is None else path.read_bytes()
     if path is not None and mutant is not None:
@@ -177,7 +178,8 @@ def noticed(mutant: Mutant | None, tests: list[str], folder: Path) -> bool:
     finally:
         if path is not None:
             path.write_bytes(before)
-    return status != 0
+    code = os.waitstatus_to_exitcode(status)  # of a signal, such as that of the limit, below 0
+    return WORDS.get(code, f"ended with {code}")
 
 
 def run(tests: list[str], folder: Path) -> None:
@@ -248,15 +250,14 @@ def main() -> int:
             importlib.import_module(package)
         files = dict.fromkeys(file for x in chosen for file in told.tests or TESTS[x.module])
         for file in () if told.unchecked else files:
-            if noticed(None, [file], folder):
+            if outcome(None, [file], folder) != WORDS[0]:
                 print((folder / "log").read_text(), f"{file} fails without any error.", sep="\n")
                 return 2
             print(f"{file} passes without an error, {time.perf_counter() - began:.0f} s.", flush=True)
         for x in chosen:
             since = time.perf_counter()
-            found = noticed(x, told.tests or TESTS[x.module], folder)
-            left += [] if found else [x]
-            word = "noticed" if found else "SURVIVED"
+            word = outcome(x, told.tests or TESTS[x.module], folder)
+            left += [] if word == WORDS[1] else [x]
             print(
                 f"{word:8} {x.module}:{x.line}: {x.old} -> {x.new} ({time.perf_counter() - since:.0f} s)",
                 flush=True,

@@ -846,3 +846,71 @@ def test_a_layer_to_blame_is_found_among_the_leaves(row, own):
     assert advice.policy == "outliers"
     held = [path for path, x in acts_on(advice, tree_of(LEAVES)).items() if x < 1e3]
     assert held == ["".join(f"['{key}']" for key in name.split("/")) for name in sorted(own)]
+
+
+NAMED = {
+    "parts, by depth": (
+        {r"part \1": r"^block_(\d)/"},
+        [f"block_{k}/{x}/kernel" for k in range(4) for x in "ab"],
+    ),
+    "swapped": (
+        {"z": "^a/", "y": "^b/", "x": "^c/", "w": "^d/"},
+        [f"{k}/{x}/kernel" for k in "abcd" for x in "ab"],
+    ),
+    "leaves": ({r"own \1 \2": r"^(\w+)/(\w+)$"}, NAMES),
+}
+
+
+@pytest.mark.parametrize("named", NAMED)
+def test_groups_with_names_of_their_own_have_code_that_runs(named):
+    """As many groups as a depth or the leaves give, under other names: limits are given by name."""
+    rules, names = NAMED[named]
+    groups, tree = oc.groups.regex(rules), tree_of(names)
+    rows = len(rules) if named == "swapped" else 4 if named.startswith("parts") else 8
+    norms = by_turns(noise(), *np.split(np.arange(8), rows))
+    history = recorded(norms, groups, tree)
+    for asked in ({}, SGD(learning_rate=1.0)):
+        advice = history.advise(**asked)
+        assert len(acts_on(advice, tree)) == len(names)
+        by_code = history.replay(from_code(advice))
+        own = advice.replay(history)
+        np.testing.assert_allclose(own.limit, by_code.limit, rtol=1e-6)
+        assert own.names == by_code.names
+
+
+def test_what_a_relative_limit_stands_at_is_what_the_code_holds():
+    """A layer that starts at zero is held to the floor in the code."""
+    weights = np.append(np.geomspace(1, 100, 19), 0)
+    norms = noise(rows=20) * np.where(weights > 0, weights, 1)
+    history = oc.History(MANY, norms, start=weights, params=np.tile(weights, (len(norms), 1)))
+    advice = history.advise(**SGD(learning_rate=0.01))
+    assert "oc.limits.relative(" in advice.code
+    by_code = history.replay(from_code(advice))
+    np.testing.assert_allclose(advice.replay(history).limit, by_code.limit, rtol=1e-5)
+
+
+def test_singular_values_of_parts_are_not_put_together():
+    """The largest of a kernel's columns is not that of the kernel."""
+    tree = {"w": jnp.ones((4, 4))}
+    tx = oc.record(oc.groups.unit(), oc.norms.spectral())
+    _, state = tx.update(tree, tx.init(tree))
+    history = oc.History.from_state(state, tree, oc.groups.unit(), oc.norms.spectral())
+    assert history.regroup(oc.groups.unit()).names == history.names
+    for make in (lambda: history.regroup(oc.groups.leaf()), lambda: history.replay(1.0)):
+        with pytest.raises(ValueError, match=r"History: these groups put 'w\[0\]' together with other parts"):
+            make()
+    with pytest.raises(ValueError, match=r"History\.advise: the rows are singular values of parts of leaves"):
+        history.advise()
+
+
+def test_what_was_not_finite_before_the_recording_is_known_of_rows_put_together():
+    """Of units too, whose rows are put together to leaves."""
+    tree = {"w": jnp.ones((3, 2))}
+    tx = oc.record(oc.groups.unit(), capacity=60)
+    state = tx.init(tree)
+    update = jax.jit(tx.update)
+    for k, size in enumerate(noise(90, 1)[:, 0]):
+        _, state = update({"w": jnp.float32(np.nan if k == 3 else size) * tree["w"]}, state)
+    reasons = " ".join(oc.History.from_state(state, tree, oc.groups.unit()).advise().reasons)
+    assert "Step 3 is the first that is not finite, in 'w[0]', 'w[1]'." in reasons
+    assert "Training went on after 1 step that was not finite." in reasons

@@ -135,7 +135,7 @@ def test_specs_give_the_single_device_update(method, check_vma):
     # Means of some hundred entries that cancel, and moments of them, are off by the order of summation.
     rtol, atol = (2e-5, 1e-6) if method in ("centred", "stable", "carry") else (2e-6, 0)
     for grads in STEPS:
-        if method in ("centred", "stable") and not 1e-3 < norm(grads) < 1e4:
+        if method in ("centred", "stable") and (norm(grads) <= 1e-3 or norm(grads) >= 1e4):
             continue  # there they have no digits, or none in common
         expected, one = on_one_device(method)(grads, one, PARAMS)
         actual, many = on_all_devices(method, check_vma)(grads, many, PARAMS)
@@ -281,6 +281,24 @@ def test_containers_may_differ():
     tree = {"w": jnp.ones(16), "b": jnp.ones(4)}
     specs = {"w": Box(P("data")), "b": Box(P())}
     np.testing.assert_allclose(global_norm(tree, specs, {"w": P("data"), "b": P()}), [np.sqrt(20)], rtol=1e-6)
+
+
+def test_keys_with_slashes_may_be_in_a_prefix():
+    """As Haiku's modules have them, at the end of a prefix and before it."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    tree = {"c/~/d": {"w": jnp.arange(8.0), "b": jnp.ones(8)}, "e": {"w": jnp.ones(2)}}
+    layout = {"c/~/d": P("x"), "e": P()}
+    for specs in (layout, {"c": {"~": {"d": P("x")}}, "e": P()}):
+        tx = oc.clip_by_global_norm(1.0, specs=specs)
+        mapped = jax.shard_map(
+            lambda g, tx=tx: tx.update(g, tx.init(g))[0],
+            mesh=mesh,
+            in_specs=(layout,),
+            out_specs=layout,
+            check_vma=False,
+        )
+        out = jax.jit(mapped)(tree)
+        np.testing.assert_allclose(optax.tree.norm(out), 1, rtol=1e-6)
 
 
 def test_groups_may_rename_paths():

@@ -468,6 +468,20 @@ def test_a_plot_without_matplotlib_says_what_to_install(files, tmp_path, monkeyp
     assert found.stderr.count("\n") == 1
 
 
+def test_policies_have_names_of_their_own(files):
+    """Of two with the same, one would be missing from the table."""
+    found = run("compare", files / "run.npz", "-p", "a=global:1", "-p", "a=layerwise:1", code=2)
+    assert "'a' is the name of several. Put NAME= before one." in " ".join(
+        found.output.replace("│", "").split()
+    )
+
+
+def test_each_policy_is_in_the_json_once(files):
+    found = parsed("compare", files / "run.npz", "-p", "global:1")
+    assert "rows" not in found
+    assert len(found["policies"]) == 1
+
+
 def test_a_picture_of_advice_says_what_was_assumed(files, tmp_path):
     """The limit in it depends on the optimizer, and a picture has no room for reasons."""
     assumed = "The advised limit: Taken: SGD, with a learning rate that is not known"
@@ -502,6 +516,6 @@ def test_metrics_are_logged_to_tensorboard(examples, tmp_path):
     """The example writes a file of events with all curves."""
     pytest.importorskip("tensorboardX")
     examples("log_tensorboard").main(tmp_path, steps=3)
-    (events,) = tmp_path.glob("events.out.tfevents.*")
+    (events,) = tmp_path.glob("*/events.out.tfevents.*")
     for key in (b"clip/norm_before/hidden/kernel", b"clip/factor/whole", b"loss"):
         assert events.read_bytes().count(key) == 3

@@ -1,8 +1,11 @@
 """Policies side by side on recordings made by hand, beside their numbers in NumPy."""
 
+import io
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 import optaxclip as oc
 
@@ -165,9 +168,23 @@ def test_the_rich_table_has_the_same_cells():
     """The table of rich shows what the text shows."""
     found = recording(spiky()).compare({"global": GLOBAL})
     table = found.table()
-    assert [[column.header, *column._cells] for column in table.columns] == [
+    assert [[column.header, *map(str, column._cells)] for column in table.columns] == [
         list(pair) for pair in zip(*found.cells(), strict=True)
     ]
+
+
+def test_names_of_policies_are_no_markup():
+    """Brackets in them are shown, as everywhere else."""
+    console = Console(file=io.StringIO(), width=200)
+    console.print(recording(spiky()).compare({"leaf [tight]": GLOBAL, "[/]": 1.0}).table())
+    assert "leaf [tight]" in console.file.getvalue()
+    assert "[/]" in console.file.getvalue()
+
+
+def test_rows_of_zeros_have_no_size_that_could_change():
+    """Frozen leaves have a factor of 1, beside rows that are all scaled alike."""
+    found = oc.History(["a", "b", "frozen"], [[4.0, 4.0, 0.0]] * 5).compare([oc.clip_by_leafwise_norm(1.0)])
+    assert found.rows[0].spread == 1
 
 
 @pytest.mark.parametrize("policy", [GLOBAL, 3.0, oc.limits.constant(1.0)], ids=["method", "number", "limit"])

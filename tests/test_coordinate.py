@@ -453,6 +453,7 @@ def test_derivatives_at_zero_are_finite():
     for tx in (
         oc.acclip(alpha=2.0),
         oc.acclip(alpha=1.5),
+        oc.acclip(alpha=0.5),
         oc.mask_spikes(grace=0),
         oc.adaptive_value_clip(),
         oc.centralize(),
@@ -554,3 +555,131 @@ def test_the_bound_of_an_entry_that_was_always_zero_is_zero():
     _, state = tx.update({"w": jnp.array([0.0, 1.0])}, tx.init({"w": jnp.zeros(2)}))
     assert state.bound["w"][0] == 0
     assert state.bound["w"][1] > 0
+
+
+LARGE = 3e38
+COMPLEX = {  # an entry, and its direction
+    "infinite": (complex(np.inf, 0), 1),
+    "infinite, downwards": (complex(-7, -np.inf), -1j),
+    "infinite in both": (complex(np.inf, -np.inf), (1 - 1j) / 2**0.5),
+    "large": (LARGE + 0j, 1),
+    "its modulus is infinite": (LARGE - LARGE * 1j, (1 - 1j) / 2**0.5),
+    "ordinary": (-3 + 4j, -0.6 + 0.8j),
+}
+
+
+@pytest.mark.parametrize("entry", COMPLEX)
+def test_complex_entries_of_any_size_are_brought_to_the_bound(entry):
+    """Along their direction, by each method that goes by entry; infinite ones by those that say so."""
+    value, direction = COMPLEX[entry]
+    first = {"w": jnp.array([1, 1j], jnp.complex64)}
+    grads = {"w": jnp.array([value, 0.5j], jnp.complex64)}
+    for tx, bound in (
+        (oc.clip_by_value(2.0), 2.0),
+        (oc.mask_spikes(threshold=4.0, grace=0, decay=0.0), 2.0),
+        (oc.adaptive_value_clip(1.0), 0.0),  # which learns nothing, and has no bound
+        (oc.adaptive_value_clip(0.5), None),
+    ):
+        _, state = tx.update(first, tx.init(first))
+        updates, state = tx.update(grads, state)
+        out = np.asarray(updates["w"], np.complex128)
+        if bound == 0.0:
+            np.testing.assert_array_equal(updates["w"], grads["w"])
+            continue
+        expected = 2 * direction
+        if bound is None:
+            # A third of the first peak and two thirds of the second, at most float32's largest; or the first.
+            peak = min(abs(complex(np.complex64(value))), float(np.finfo(np.float32).max))
+            expected = direction if np.isinf(value) else (1 + 2 * peak) / 3 * (value / peak)
+        np.testing.assert_allclose(out[0], expected, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(out[1], 0.5j, rtol=1e-6)
+
+
+def test_a_traced_bound_of_nan_is_not_hidden_from_complex_entries():
+    tx = oc.clip_by_value(jnp.float32(jnp.nan))
+    for dtype in (jnp.float32, jnp.complex64):
+        updates, _ = tx.update({"w": jnp.ones(2, dtype)}, tx.init({}))
+        assert np.isnan(updates["w"]).all()
+
+
+def test_the_bound_of_values_may_be_injected_where_parameters_are_complex():
+    tx = optax.inject_hyperparams(oc.clip_by_value)(max_delta=1.0)
+    grads = {"w": jnp.array([3 + 4j, 0.1j], jnp.complex64)}
+    updates, _ = tx.update(grads, tx.init(grads))
+    np.testing.assert_allclose(updates["w"], [0.6 + 0.8j, 0.1j], rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["clip_by_value", "acclip", "mask_spikes", "adaptive_value_clip"])
+def test_models_may_have_more_entries_than_an_int32(method):
+    """Two billion and more in one leaf; nothing is made, only traced."""
+    tx = oc.clip_by_value(1.0) if method == "clip_by_value" else ALL[method]()
+    tree = {"w": jax.ShapeDtypeStruct((2**16, 2**15 + 1), jnp.float32)}
+    updates, state = jax.eval_shape(lambda g: tx.update(g, tx.init(g)), tree)
+    assert updates["w"].shape == tree["w"].shape
+    assert state.share.dtype == jnp.float32
+
+
+def test_a_float64_peak_beyond_float32_does_not_stay():
+    """It is learned as the largest float32, and what follows has a bound."""
+    with enable_x64(True):
+        tx = oc.adaptive_value_clip(0.5)
+        state, out = tx.init({"w": jnp.zeros(1, jnp.float64)}), []
+        for size in (1.0, 1e300, 1e-60, *[1.0] * 200):
+            updates, state = tx.update({"w": jnp.array([size], jnp.float64)}, state)
+            out.append(float(updates["w"][0]))
+        assert np.isfinite(out).all()
+        assert 1e38 < out[1] < 3.5e38
+        assert out[2] == 1e-60
+        np.testing.assert_allclose(state.limit, [1], rtol=1e-5)
+
+
+def test_a_float64_peak_is_not_outside_of_itself():
+    """The bound is that peak, rounded to float32: nothing is clipped at the first step."""
+    with enable_x64(True):
+        for value in (0.7, 0.1, 1 / 3):
+            tx = oc.adaptive_value_clip()
+            grads = {"w": jnp.array([value, -value / 2], jnp.float64)}
+            updates, state = tx.update(grads, tx.init(grads))
+            np.testing.assert_array_equal(updates["w"], grads["w"])
+            assert state.clipped.tolist() == [0]
+
+
+@pytest.mark.parametrize("sizes", [(1e4, 1e-5), (1000.0, 0.1), (1e-5, 1e4)])
+def test_a_bound_that_forgets_all_is_the_peak(sizes):
+    """With a decay of 0 nothing is clipped, however far peaks are apart."""
+    tx = oc.adaptive_value_clip(0.0)
+    state = tx.init({"w": jnp.zeros(1)})
+    for size in sizes:
+        updates, state = tx.update({"w": jnp.array([size], jnp.float32)}, state)
+        assert updates["w"].tolist() == [np.float32(size)]
+        assert state.clipped.tolist() == [0]
+
+
+def test_a_bound_far_below_its_momentum_is_reached():
+    """Their ratio is below float32's least number."""
+    tx = oc.acclip(b1=0.9, b2=0.0, eps=0.0)
+    state = tx.init({"w": jnp.zeros(1)})
+    for size in (3e38, 1e-3):
+        updates, state = tx.update({"w": jnp.array([size])}, state)
+    np.testing.assert_allclose(updates["w"], [1e-3], rtol=1e-6)
+
+
+@pytest.mark.skipif(jax.device_count("cpu") < 8, reason="needs eight CPU devices")
+def test_a_peak_of_all_devices_has_a_derivative():
+    """Inside shard_map it is that of one device."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    first, grads = jnp.full(8, 2.0), jnp.array([1.0, -9.0, 2.0, 7.0, 0.0, 3.0, 1.0, 1.0])
+
+    def pushed(first, grads, change, **options):
+        tx = oc.adaptive_value_clip(0.5, **options)
+        _, state = tx.update({"w": first}, tx.init({"w": first}))
+        return jax.jvp(lambda g: tx.update({"w": g}, state)[0]["w"], (grads,), (change,))
+
+    change = jnp.arange(1.0, 9.0)
+    mapped = jax.shard_map(
+        functools.partial(pushed, axis_name="x"), mesh=mesh, in_specs=(P("x"),) * 3, out_specs=(P("x"),) * 2
+    )
+    for own, expected in zip(
+        jax.jit(mapped)(first, grads, change), pushed(first, grads, change), strict=True
+    ):
+        np.testing.assert_allclose(own, expected, rtol=1e-5)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -137,7 +138,7 @@ def test_the_commands_that_are_printed_work(run, tensor_run, name):
     output, folder = run if name == "exploding_mlp" else tensor_run
     lines = output.split("Written:")[1].splitlines()
     assert all(Path(path.strip()).is_file() for path in lines[0].split(","))
-    commands = [line.split("optaxclip ", 1)[1].split() for line in lines if line.startswith("  ")]
+    commands = [shlex.split(line.split("optaxclip ", 1)[1]) for line in lines if line.startswith("  ")]
     assert [command[0] for command in commands] == ["show", "plot", "advise"]
     for command in commands:
         found = CliRunner().invoke(cli, command, env={"COLUMNS": "80"})

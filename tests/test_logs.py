@@ -112,6 +112,38 @@ def test_plain_columns(tmp_path):
     holds(of_csv(tmp_path, log), ["fc/weight", "fc/bias"], [[3, 4], [6, 8]], [0, 2], [2, 1])
 
 
+BESIDE = {  # what loggers write beside the only norm, and its name and numbers
+    "transformers in W&B": (
+        "train/global_step,run - train/grad_norm\n10,3\n20,4\n",
+        "train/grad_norm",
+        [10, 20],
+    ),
+    "an export of W&B": (
+        "_step,train/loss,train/grad_norm,train/global_step,train/entropy\n1,2,3,10,0.5\n2,2,4,20,0.4\n",
+        "train/grad_norm",
+        [1, 2],
+    ),
+    "Lightning in W&B": (
+        "_step,trainer/global_step,grad_2.0_norm_total\n1,10,3\n2,20,4\n",
+        "grad_2/0_norm_total",
+        [1, 2],
+    ),
+    "TensorBoard": ("Wall time,Step,Value\n1654943296.2,0,3.0\n1654943297.2,5,4.0\n", "Value", [0, 5]),
+    "W&B, relative time": ("Relative Time (Process),r - grad_norm\n0.5,3\n1.5,4\n", "r - grad_norm", [0, 1]),
+    "other figures": ("step,loss,grad_norm,entropy,kl\n1,2,3,0.5,7\n2,2,4,0.4,8\n", "grad_norm", [1, 2]),
+}
+
+
+@pytest.mark.parametrize("log", BESIDE)
+def test_the_only_norm_is_told_from_steps_clocks_and_figures(tmp_path, log):
+    """A step or a clock taken for a norm would be most of it, and advice about nothing."""
+    text, name, steps = BESIDE[log]
+    found = of_csv(tmp_path, text)
+    assert [row.split(" - ")[-1] for row in found.names] == [name.split(" - ")[-1]]
+    np.testing.assert_array_equal(found.norms, [[3], [4]])
+    np.testing.assert_array_equal(found.steps, steps)
+
+
 @functools.cache
 def logged():
     """What a loop collects of a run of two steps."""

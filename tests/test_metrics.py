@@ -306,3 +306,25 @@ def test_trees_without_leaves_have_nothing_to_report_but_counts():
     names += ["entry_clipped_fraction", "entry_nonfinite_count", "entry_clipped_share"]
     assert set(found) == {f"clip/{name}/whole" for name in names}
     assert set(oc.metrics(oc.scale_by_stable_adam().init({}), {})) == set()
+
+
+def test_rows_with_a_nan_have_no_factor_of_1_together():
+    """Units that came out NaN, or zero, are not said to be untouched."""
+    grads = {"kernel": jnp.ones((2, 100)).at[0, 3].set(jnp.nan)}
+    for nonfinite, expected in (("propagate", np.nan), ("zero", 0.0)):
+        tx = oc.rescale_by_norm(1.0, groups=oc.groups.unit(), nonfinite=nonfinite)
+        _, state = tx.update(grads, tx.init(grads))
+        found = oc.metrics(state, grads, oc.groups.unit())
+        np.testing.assert_array_equal(found["clip/factor/kernel"], expected)
+        np.testing.assert_array_equal(found["clip/factor/whole"], expected)
+
+
+def test_many_matrices_together_have_the_largest_singular_value():
+    """As the whole has, whatever norm the other states are of."""
+    grads = {"s": jnp.tile(jnp.eye(2), (100, 1, 1))}
+    tx = oc.clip_singular_values(2.5, stacked="s")
+    _, state = tx.update(grads, tx.init(grads))
+    found = oc.metrics(state, grads, oc.groups.stacked(oc.groups.leaf(), "s"))
+    for statistic in ("norm_before", "norm_after", "limit"):
+        np.testing.assert_allclose(found[f"clip/{statistic}/s"], found[f"clip/{statistic}/whole"], rtol=1e-6)
+    np.testing.assert_allclose(found["clip/norm_before/s"], 1, rtol=1e-6)

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import optaxclip as oc
+from optaxclip.history._thin import thin
 
 RNG = np.random.default_rng(0)
 EVIL = [
@@ -42,6 +43,9 @@ def spiky():
     return oc.History(["embed/table", "layer/kernel", "layer/bias", "head/kernel"], norms, loss=loss)
 
 
+PARAMS = {"a": jax.ShapeDtypeStruct((3,), np.float32), "b": jax.ShapeDtypeStruct((2,), np.float32)}
+
+
 @jax.jit
 def recorded(sizes):
     """The state of `record` after updates of these sizes."""
@@ -59,8 +63,7 @@ def long_run(spike=100, bad=300):
     """A recording of the last 32 of 500 updates; a spike and a NaN lie before them."""
     sizes = np.ones(500, np.float32)
     sizes[spike], sizes[bad] = 50, np.nan
-    params = {"a": jax.ShapeDtypeStruct((3,), np.float32), "b": jax.ShapeDtypeStruct((2,), np.float32)}
-    return oc.History.from_state(recorded(sizes), params)
+    return oc.History.from_state(recorded(sizes), PARAMS)
 
 
 STRANGE = {
@@ -222,6 +225,65 @@ def test_the_advised_limit_of_one_group_is_drawn_in_its_histogram():
     assert "after the advised clipping" in [text.get_text() for text in whole.get_legend().get_texts()]
     assert "embed/table" in histogram.get_title("left")
     assert histogram.lines[0].get_xdata()[0] == pytest.approx(advice.limit)
+
+
+def test_the_advised_limit_is_drawn_in_the_norm_of_the_axis():
+    """Advice is of L2 norms; a figure of root mean squares has it among these."""
+    norms = scattered(300, 3)
+    norms[[50, 120, 250]] *= 100
+    sizes = np.full(3, 1e4)
+    history = oc.History(["a/kernel", "b/kernel", "c/kernel"], norms, norm="rms", sizes=sizes)
+    advice = history.advise()
+    _, whole, _, histogram = axes_of(history, advice=advice)
+    said = [text.get_text() for text in whole.get_legend().get_texts()]
+    assert f"advised limit {advice.limit:.3g} (l2)" in said
+    at = histogram.lines[0].get_xdata()[0]
+    assert at == pytest.approx(advice.limit / np.sqrt(sizes.sum()))
+    assert np.median(history.whole) < at < 10 * np.median(history.whole)
+
+
+def test_an_infinite_limit_takes_no_room():
+    """It is named in the legend, and the axis stays that of the norms."""
+    _, whole, *_ = axes_of(oc.History(["a"], scattered(50, 1)), limits={"none": np.inf, "one": 1.0})
+    assert whole.get_ylim()[1] < 1e3
+
+
+def test_limits_that_look_alike_are_all_drawn():
+    _, whole, *_ = axes_of(oc.History(["a"], scattered(50, 1)), limits=[1.0000001, 1.0000002])
+    names = [text.get_text() for text in whole.get_legend().get_texts()]
+    assert {"limit 1.0000001", "limit 1.0000002"} <= set(names)
+
+
+def test_the_bins_of_a_histogram_are_few_however_narrow_most_norms_are():
+    """Of a clipped run nearly all norms are the limit."""
+    norms = np.append(1 + 1e-7 * np.random.default_rng(0).random(1000), 0.01)[:, None]
+    *_, histogram = axes_of(oc.History(["a"], norms))
+    assert 10 <= len(histogram.patches[0].get_data().values) <= 80
+
+
+def test_what_is_kept_nowhere_is_blank():
+    """Updates after the last whole stretch and before those that are kept one by one."""
+    sizes = np.ones(1000, np.float32)
+    sizes[964] = 50
+    history = oc.History.from_state(recorded(sizes), PARAMS)
+    data = thin(history)
+    gap = np.flatnonzero(np.isnan(data.whole))
+    assert len(gap) == 1
+    assert data.edges[gap[0]] <= 964 <= data.edges[gap[0] + 1]
+    assert not data.bad.any()
+    heat, *_ = axes_of(history)
+    assert "blank: not kept" in heat.get_title("left")
+
+
+def test_never_is_said_of_what_is_known():
+    """Rows that were put together know of the updates that are kept, and not of the run."""
+    params = {"a": jnp.ones(3), "b": jnp.ones(2)}
+    sizes = np.ones(500, np.float32)
+    sizes[3] = np.nan
+    history = oc.History.from_state(recorded(sizes), params)
+    assert "not finite: first at update 3" in str(history)
+    assert str(history.regroup(oc.groups.whole())).endswith("not finite: never in these updates")
+    assert str(oc.History(["a"], [[1.0]])).endswith("not finite: never")
 
 
 def test_what_was_before_the_recording_is_drawn_too():

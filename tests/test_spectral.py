@@ -656,3 +656,20 @@ def test_small_matrices_keep_their_shape_when_they_are_measured(groups):
     out, stats = oc.rescale_tree(grads, 1.0, groups=groups, norm=oc.norms.spectral(12))
     np.testing.assert_allclose(stats.norm, [4.0, 12.0], rtol=1e-4)
     np.testing.assert_allclose(out["b"]["w"], grads["b"]["w"] / 12, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize("iterations", [10, 20, 30, 60])
+def test_many_iterations_do_not_spoil_matrices_of_low_rank(rank, iterations):
+    """Their Gram matrix has eigenvalues that rounding makes negative, which grow if they are let."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((64, rank)) @ rng.standard_normal((rank, 64))
+    x *= 1e5 / np.linalg.svd(x, compute_uv=False)[0]
+    tx = oc.soft_clip_singular_values(1.0, method="newton_schulz", iterations=iterations)
+    grads = {"w": jnp.asarray(x, jnp.float32)}
+    updates, _ = tx.update(grads, tx.init(grads))
+    found = np.linalg.svd(np.asarray(updates["w"], np.float64), compute_uv=False)
+    assert np.isfinite(updates["w"]).all()
+    assert found[0] <= 1 + (1e-4 if iterations <= 20 else 1e-3)
+    if iterations >= 30:
+        np.testing.assert_allclose(found[:rank], 1, rtol=0.05)

@@ -210,9 +210,16 @@ def compare(
     `optaxclip compare run.npz -p global:1.0 -p 'tight=regex:embed|head:0.1' -p 'oc.adagc(slack=1.1)'`
     """
     try:
-        policies = dict(_policies.policy(text) for text in policy or ())
+        named = [_policies.policy(text) for text in policy or ()]
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--policy") from error
+    policies = dict(named)
+    if len(policies) < len(named):
+        names = [name for name, _ in named]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise typer.BadParameter(
+            f"{twice!r} is the name of several. Put NAME= before one.", param_hint="--policy"
+        )
     history = read(file, columns, step, loss, norm, rows, groups)
     replays = {name: history.replay(made) for name, made in policies.items()}
     for name, replay in replays.items():
@@ -221,7 +228,8 @@ def compare(
     found = history.compare(replays) if replays else _weighed(file, history)
     if json:
         own = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
-        as_json({**own, "policies": own.pop("rows")})
+        policies = own.pop("rows")
+        as_json({**own, "policies": policies})
     else:
         print_comparison(found)
 

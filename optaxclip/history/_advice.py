@@ -174,7 +174,6 @@ def each(numbers: dict[str, float]) -> tuple[float | Limit, str]:
 
 def in_proportion(ratio: float, floor: float) -> tuple[Limit, str]:
     """A limit in proportion to each group's weights, as those change; for more groups than can be listed."""
-    ratio, floor = rounded(ratio), rounded(floor)
     return limits.relative(ratio, floor), f"oc.limits.relative({ratio!r}, floor={floor!r})"
 
 

@@ -7,10 +7,11 @@ import numpy as np
 
 from optaxclip import _checks
 from optaxclip._base import Limit
+from optaxclip.groups import ROOT
 from optaxclip.history import _advice, _reasons, _seen
 from optaxclip.history._advice import Advice, Chosen, PolicyName
 from optaxclip.history._compare import compare
-from optaxclip.history._evidence import Evidence, Rule, evidence
+from optaxclip.history._evidence import Evidence, Rule, evidence, passed
 from optaxclip.history._expressed import LAYER, LEAF, WHOLE, called, coarser, finest, only, plain
 from optaxclip.history._lengths import Lengths, lengths, norm
 from optaxclip.history._ordinary import spikes
@@ -43,8 +44,10 @@ def advise(
 ) -> Advice:
     """Weighs a recording, and decides."""
     _check(budget, optimizer, learning_rate)
-    history = plain(history)
+    recorded, history = history, plain(history)
     found = evidence(history, rule)
+    if history.run is None and recorded.run is not None:  # lost where rows were put together
+        found = found._replace(nonfinite=recorded.first_nonfinite(), passed=passed(recorded))
     refusal = _seen.undecided(history, found, rule)
     if refusal is not None:
         chosen = _advice.nothing()
@@ -109,14 +112,17 @@ def _too_long(case: Case, steps: Lengths, said: list[str]) -> Advice:
     said = [*said, _reasons.all_too_long(case.found, steps, case.rule, whole=by == WHOLE)]
     if by == WHOLE:
         return _globally(case, _advice.rounded(float(limits[0])), said)
+    at_start = None
     if len(limits) <= case.rule.listed:
         limit, code = _advice.each(dict(zip(map(called, steps.layers), limits, strict=True)))
     else:
-        limit, code = _advice.in_proportion(steps.safe / steps.rate, float(steps.scale.min()))
+        ratio, floor = (_advice.rounded(x) for x in (steps.safe / steps.rate, float(steps.scale.min())))
+        limit, code = _advice.in_proportion(ratio, floor)
+        said.append(_reasons.in_proportion(floor))
+        stands = dict(zip(map(called, steps.layers), np.maximum(steps.weights, floor), strict=True))
+        names = case.history.regrouped(by.groups).table.names
+        at_start = _advice.held(ratio * np.array([stands[name or ROOT] for name in names])).astype(np.float32)
     chosen = _advice.clipping(limit, code, by, case.history.norm)
-    at_start = _advice.held(limits).astype(np.float32)
-    if len(limits) > case.rule.listed:
-        said.append(_reasons.in_proportion(_advice.rounded(float(steps.scale.min()))))
     return _advised(case, "layerwise", chosen, said, at_start=at_start)
 
 

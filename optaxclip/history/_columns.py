@@ -11,7 +11,7 @@ from optaxclip import _checks, _patterns
 from optaxclip.history._recording import LAST_STEP
 from optaxclip.history._rows import norm_called
 
-STEPS = ("step", "global_step", "_step", "iteration", "trainer/global_step")
+STEPS = ("step", "global_step", "_step", "iteration", "trainer/global_step", "train/global_step")
 LOSSES = ("loss", "train/loss", "train_loss")
 
 # What stands before or around the names of norms, and who writes it; what a logger puts before that.
@@ -30,10 +30,11 @@ TOTALS = re.compile(
 )
 BANDS = re.compile(r".*__(?:MIN|MAX)")  # W&B's, around the curves of an exported chart
 # What loggers write beside norms: figures of W&B (a leading underscore), of validation, of the schedule, of
-# speed; and the column without a name that pandas writes.
+# speed, steps and clocks; and the column without a name that pandas writes.
 OTHERS = re.compile(
     r"|_.*|Unnamed: \d+|(?:eval|val|valid|validation|test)[/_].*"
-    r"|(?:.*[/_])?(?:epoch|lr|learning_rate|loss|acc|accuracy|time|runtime|per_second|flos|tokens)|lr-.*",
+    r"|(?:.*[/_ ])?(?:epoch|steps?|iterations?|lr|learning_rate|loss|acc|accuracy|time|runtime)"
+    r"|(?:.*[/_ ])?(?:per_second|flos|tokens)|lr-.*|relative time.*",
     re.IGNORECASE,
 )
 
@@ -187,6 +188,11 @@ def _names(cells: Cells, columns: Any, taken: set[str | None], norm: str) -> dic
 def _guessed(cells: Cells, numeric: list[str], norm: str) -> dict[str, str]:
     plain = {c: c.split(" - ")[-1] for c in numeric}  # W&B puts the run before the name
     found = {c: name for c, name in plain.items() if not OTHERS.fullmatch(name)}
+    totals = [name for name in found.values() if TOTALS.fullmatch(name) and "norm" in name.lower()]
+    if totals:
+        # Beside a norm of all gradients stands any figure; of norms only those with a path's name are likely.
+        head = totals[0][: totals[0].rfind("/") + 1]
+        found = {c: name for c, name in found.items() if TOTALS.fullmatch(name) or _is_path(name, head)}
     for form in NORMS:
         matches = {c: match for c in numeric if (match := form.fullmatch(c))}
         if matches:
@@ -195,6 +201,11 @@ def _guessed(cells: Cells, numeric: list[str], norm: str) -> dict[str, str]:
             break
     parts = {c: name for c, name in found.items() if not TOTALS.fullmatch(name)}
     return parts or dict(list(found.items())[:1])
+
+
+def _is_path(name: str, head: str) -> bool:
+    """Whether a name may be a leaf's; one that begins as a total does, with `head`, takes a dot for that."""
+    return "." in name or ("/" in name and not (head and name.startswith(head)))
 
 
 def _check_order(cells: Cells, matches: dict[str, re.Match[str]], norm: str) -> None:

@@ -134,13 +134,14 @@ class Comparison:
         2 policy
         """
         from rich.table import Table
+        from rich.text import Text
 
         head, *lines = self.cells()
         table = Table(title=self.title())
         for k, name in enumerate(head):
             table.add_column(name, justify="right" if k else "left")
         for line in lines:
-            table.add_row(*line)
+            table.add_row(*map(Text, line))  # a policy's name may have brackets
         return table
 
 
@@ -173,7 +174,7 @@ def compare(history: Any, policies: Mapping[str, Any] | Sequence[Any], rule: Rul
                 f"History.compare: {name!r} replays {len(found.steps)} steps of {found.by_row.shape[1]} "
                 f"rows; this recording has {len(history)} of {len(history.names)}. Pass a replay of this one."
             )
-        rows.append(_summed_up(str(name), found, of_steps, angles))
+        rows.append(_summed_up(str(name), found, of_steps, angles, history.norms != 0))
     return Comparison(
         tuple(rows),
         len(history),
@@ -186,7 +187,8 @@ def compare(history: Any, policies: Mapping[str, Any] | Sequence[Any], rule: Rul
     )
 
 
-def _summed_up(name: str, found: Replay, steps: Kinds, angles: bool) -> Compared:
+def _summed_up(name: str, found: Replay, steps: Kinds, angles: bool, some: np.ndarray) -> Compared:
+    """A line of the table; `some` are the rows that are not zero, `(steps, rows)`: others have no size."""
     acted = found.acted
     finite = np.isfinite(found.norm_after)
     before, after = found.norm_before, found.norm_after
@@ -194,7 +196,8 @@ def _summed_up(name: str, found: Replay, steps: Kinds, angles: bool) -> Compared
     turned = found.cosine[acted & finite]
     turned = turned[~np.isnan(turned)]
     straight = 1.0 if angles and not (acted & finite).any() else np.nan
-    least, most = found.by_row.min(axis=1, initial=np.inf), found.by_row.max(axis=1, initial=0)
+    least = found.by_row.min(axis=1, initial=np.inf, where=some)
+    most = found.by_row.max(axis=1, initial=0, where=some)
     changed = acted & finite & (most > 0)
     with np.errstate(divide="ignore", over="ignore"):
         cut, apart = before[spike] / after[spike], most[changed] / least[changed]

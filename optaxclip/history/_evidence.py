@@ -208,12 +208,13 @@ def evidence(history: Any, rule: Rule) -> Evidence:
         clipped_at=clipped_at,
         at_limit=at_limit,
         nonfinite=history.first_nonfinite(),
-        passed=_passed(history, np.isfinite(history.norms).all(axis=1)),
+        passed=passed(history),
     )
 
 
-def _passed(history: Any, finite: np.ndarray) -> int:
+def passed(history: Any) -> int:
     """How many updates were not finite and yet followed by one that was."""
+    finite = np.isfinite(history.norms).all(axis=1)
     at_end = int(np.argmax(finite[::-1])) if finite.any() else len(finite)
     seen = int((~finite).sum())
     # Rows fail together more often than not; of those before the recording more is not known.

@@ -35,6 +35,11 @@ def plain(history: Any) -> Any:
         history = history._with(norm="l2", **lengths)
     if not any(row.at for row in history.rows):
         return history
+    if history.norm == "spectral":
+        raise ValueError(
+            "History.advise: the rows are singular values of parts of leaves, and do not give those of whole "
+            "leaves. Record with groups.leaf()."
+        )
     return next(h for h in (coarser(history, by) for by in (LEAF, LAYER, WHOLE)) if h is not None)
 
 
@@ -52,19 +57,19 @@ def finest(history: Any) -> Grouping:
     depths = (Grouping(_groups.depth(k), f"oc.groups.depth({k})") for k in range(1, deepest))
     for by in (LEAF, LAYER, WHOLE, *depths):
         found = coarser(history, by)
-        if found is not None and len(found.names) == len(history.names):
+        # Limits are given by name.
+        if found is not None and sorted(found.names) == sorted(history.names):
             return by
-    return only(history.rows, rest=False)
+    return only(history.rows)
 
 
-def only(rows: Iterable[Row], rest: bool = True) -> Grouping:
-    """The grouping of some rows; with `rest`, other leaves are left alone."""
+def only(rows: Iterable[Row]) -> Grouping:
+    """The grouping of some rows; other leaves are left alone."""
     rules: dict[Any, Any] = {}
     for row in rows:
         patterns = list(dict.fromkeys(_pattern(source.keys) for source in row.sources))
         rules[literal(called(row))] = patterns[0] if len(patterns) == 1 else patterns
-    if rest:
-        rules[None] = ".*"
+    rules[None] = ".*"
     return Grouping(_groups.regex(rules), f"oc.groups.regex({rules!r})")
 
 

@@ -16,7 +16,7 @@ from optaxclip.history._compare import Comparison, compare
 from optaxclip.history._evidence import Rule
 from optaxclip.history._recording import FirstNonfinite, Run, Stretch, fields, first_nonfinite, of_state
 from optaxclip.history._replay import Replay, policy_like, replay
-from optaxclip.history._rows import Regrouped, Row, name_of, named_rows, put_together, regroup
+from optaxclip.history._rows import Regrouped, Row, check_whole, name_of, named_rows, put_together, regroup
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -204,8 +204,9 @@ class History:
         (`metrics`), `grad_2.0_norm/<name>` (Lightning), `grad/<name>.norm` (OLMo), `l2_norm/grad/<name>`
         (Composer), `grad_norm/<name>` (also `grad_norms`, `gradient_norm`). Where there are none of these,
         all columns of numbers are taken but the step, the loss, and what loggers add: epoch, learning rate,
-        times, accuracies, `val_` and `eval_` figures, names with a leading `_`. Totals (`grad_norm`, `total`,
-        `*_total`, `global`, `whole`) are left out, unless there is nothing else.
+        times, other steps, accuracies, `val_` and `eval_` figures, names with a leading `_`; beside a norm of
+        all gradients, such as `grad_norm`, only those with a path's name, with dots or slashes. Totals
+        (`grad_norm`, `total`, `*_total`, `global`, `whole`) are left out, unless there is nothing else.
 
         Names with dots and no slashes, as PyTorch's `layers.0.weight`, become paths, `layers/0/weight`, but
         for those of `metrics`. A name in a log is taken for a leaf unless `rows` says layer. Lines of the
@@ -215,8 +216,9 @@ class History:
         Args:
           path: a file of UTF-8 text whose first line names the columns.
           columns: those with norms: a regular expression with one group, the name of the leaf; or a list.
-          step: the column of the step; by default `step`, `global_step`, `_step`, `iteration` or
-            `trainer/global_step`, in either case. Without any, each line with norms is a step, from 0.
+          step: the column of the step; by default `step`, `global_step`, `_step`, `iteration`,
+            `trainer/global_step` or `train/global_step`, in either case. Without any, each line with norms is
+            a step, from 0.
           loss: the column of the loss; by default `loss`, `train/loss` or `train_loss`. If a step has
             several, the last counts.
           norm: which norm was logged. `rms` needs sizes, which logs do not have.
@@ -331,7 +333,10 @@ class History:
         ('a', 'b') [0 0 1]
         """
         _checks.spec("History.regroup", Groups, groups=groups)
-        return regroup(self.rows, self.sizes, groups)
+        found = regroup(self.rows, self.sizes, groups)
+        if self.norm == "spectral":
+            check_whole(self.rows, found)
+        return found
 
     def regroup(self, groups: Groups) -> "History":
         r"""The recording of coarser groups, as if it had been made with them.
@@ -345,7 +350,8 @@ class History:
           groups: one of `optaxclip.groups`.
 
         Raises:
-          ValueError: if it divides what was recorded as one, or asks for shapes that are not known.
+          ValueError: if it divides what was recorded as one, asks for shapes that are not known, or puts
+            singular values of parts of a leaf together.
 
         >>> import optaxclip as oc
         >>> history = oc.History(["a/kernel", "a/bias", "b/kernel"], [[3.0, 4.0, 1.0]])

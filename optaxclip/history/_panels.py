@@ -78,6 +78,9 @@ def heat_map(axes: "Axes", shown: Shown) -> None:
     bar.set_label(f"norm of a group ({history.norm})" if seen.size else "all are zero or not finite")
     if not seen.size:
         bar.set_ticks([])
+    unknown = np.isnan(norms).all(axis=1) & ~bad.any(axis=1)
+    for k in np.flatnonzero(unknown):
+        axes.axvspan(data.edges[k], data.edges[k + 1], color="white", lw=0)
     if bad.any():
         _cross(axes, data.edges, bad)
     ticks = np.arange(0, len(first), -(-len(first) // NAMES))
@@ -90,6 +93,7 @@ def heat_map(axes: "Axes", shown: Shown) -> None:
     said = [f"Norm of each {'layer' if data.how else 'group'}"]
     said += ["neighbours together: the largest"] * (len(first) < len(data.names))
     said += ["not all are named"] * (len(ticks) < len(first))
+    said += ["blank: not kept"] * bool(unknown.any())
     _titled(axes, "; ".join([*said, *["hatched: not finite"] * bool(bad.any())]), data)
 
 
@@ -137,7 +141,8 @@ def whole(axes: "Axes", shown: Shown) -> None:
         names.append(name)
 
     for mark, colour in zip(shown.limits, _colours(len(shown.limits)), strict=True):
-        line = _columns(mark.value, data) if mark.value.ndim else drawable(mark.value)
+        line = _columns(mark.value, data) if mark.value.ndim else mark.value
+        line = np.where(np.isfinite(line), drawable(line), np.nan)
         add(_stairs(axes, line, data, color=colour, ls="--", lw=1.3, zorder=4), mark.name)
     if shown.interval is not None and shown.after is None:
         add(axes.axhspan(*shown.interval, color="0.5", alpha=0.25, lw=0), "its interval")
@@ -238,11 +243,7 @@ def histogram(axes: "Axes", shown: Shown) -> None:
     handles, names = [], []
     if seen.size:
         logs = np.log2(seen)
-        edges = np.histogram_bin_edges(logs, bins="auto")
-        if np.ptp(logs) > 0:
-            bins = min(max(len(edges) - 1, LEAST_BINS), MOST_BINS)
-            edges = np.linspace(logs.min(), logs.max(), bins + 1)
-        counts, _ = np.histogram(logs, edges)
+        counts, edges = np.histogram(logs, _bins(logs))
         axes.stairs(counts, 2.0**edges, fill=True, color=LINE, alpha=0.8, baseline=0.5)
         axes.set(xscale="log", yscale="log", ylim=(0.5, None))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -263,6 +264,15 @@ def histogram(axes: "Axes", shown: Shown) -> None:
     axes.set_ylabel(each)
     if handles:
         _legend_above(axes, handles, names)
+
+
+def _bins(values: np.ndarray) -> int:
+    """How many bins to count in: by the rule of Freedman and Diaconis, or of Sturges if that has more."""
+    if np.ptp(values) == 0:
+        return 1
+    width = 2 * np.subtract(*np.percentile(values, (75, 25))) / len(values) ** (1 / 3)
+    wanted = max(np.log2(len(values)) + 1, np.ptp(values) / width if width > 0 else 0)
+    return int(np.ceil(np.clip(wanted, LEAST_BINS, MOST_BINS)))
 
 
 def _legend_above(axes: "Axes", handles: list[Any], names: list[str]) -> None:

@@ -90,7 +90,12 @@ def given(limits: Any, updates: int) -> list[Mark]:
     try:
         if not isinstance(limits, Mapping):
             limits = limits if isinstance(limits, Sequence) and not isinstance(limits, str) else [limits]
-            limits = {f"limit {value:g}": value for value in limits}
+            names = [f"limit {value:g}" for value in limits]
+            names = [
+                name if names.count(name) == 1 else f"limit {x!r}"
+                for name, x in zip(names, limits, strict=True)
+            ]
+            limits = dict(zip(names, limits, strict=True))
         arrays = {name: np.asarray(value, float) for name, value in limits.items()}
     except (TypeError, ValueError) as error:
         raise TypeError(
@@ -119,6 +124,9 @@ def _shown(history: Any, limits: list[Mark], advice: Any) -> Shown:
         limit = found.limit[:, 0]
         same = np.ptp(limit) == 0
         name = f"advised limit {number(limit[0])}" if same else "advised limit"
+        if history.norm == "rms":  # advice is of L2 norms
+            name, root = f"{name} (l2)", np.sqrt(history.sizes.sum())
+            limit, interval = limit / root, interval and tuple(end / root for end in interval)
         limits = [*limits, Mark(name, limit[0] if same else limit)]
         return shown._replace(limits=limits, interval=interval, marks=limits)
     limited = np.isfinite(found.limit).any(axis=0)

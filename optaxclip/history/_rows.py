@@ -144,6 +144,16 @@ def regroup(rows: Sequence[Row], sizes: Float[np.ndarray, " rows"] | None, group
     )
 
 
+def check_whole(rows: Sequence[Row], found: Regrouped) -> None:
+    """Raises if parts of a leaf are put together: its singular values are not those of its parts."""
+    for row, place in zip(rows, found.place, strict=True):
+        if row.at and place >= 0 and found.rows[place].at != row.at:
+            raise ValueError(
+                f"History: these groups put {row.name!r} together with other parts of its leaf, whose "
+                "singular values cannot be had from those of parts. Record with the groups that you want."
+            )
+
+
 def _abstract(shape: tuple[int, ...]) -> Any:
     return jax.ShapeDtypeStruct(shape, np.float32)
 
@@ -215,7 +225,7 @@ def name_of(norm: Norm) -> str:
     for name in ("l2", "l1", "linf", "rms"):
         if norm == norm_called(name):
             return name
-    if norm.shaped:
+    if norm.shaped and norm.combine == "max":
         return "spectral"
     # A whole order is kept as an integer, and `lp` makes a norm of its own for 3 and for 3.0.
     if norm.degree >= 1 and norm in (_norms.lp(norm.degree), _norms.lp(float(norm.degree))):

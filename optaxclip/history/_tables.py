@@ -264,7 +264,8 @@ def text(history: Any) -> str:
 def _nonfinite(history: Any, updates: int) -> str:
     first = history.first_nonfinite()
     if first is None:
-        return "never"
+        earlier = history.run is None and len(history) and history.steps[0] > 0
+        return "never in these updates" if earlier else "never"
     rest = len(first.names) - 1
     also = f" and {rest:,} more" if rest else ""
     since = history.steps >= first.step

@@ -137,16 +137,22 @@ def _with_earlier(found: Thin, history: Any, place: np.ndarray) -> Thin:
     before = starts < found.edges[0]
     if not before.any():
         return found
-    largest = stretches.largest[before]
+    starts, largest = starts[before], stretches.largest[before]
+    losses = stretches.loss_largest[before]
+    end = len(stretches.largest) * stretches.length - 0.5
+    if end < found.edges[0]:  # of what is in no whole stretch, and not kept one by one, nothing is known
+        starts = np.append(starts, end)
+        largest = np.append(largest, np.full((1, largest.shape[1]), np.nan), axis=0)
+        losses = np.append(losses, np.nan)
     norms = put_together(largest, history.sizes, place, len(found.names), history.norm)
     whole = put_together(largest, history.sizes, np.zeros(len(place), int), 1, history.norm)[:, 0]
     loss = found.loss
     if loss is not None:
-        loss = np.concatenate([_finite(stretches.loss_largest[before]), loss])
+        loss = np.concatenate([_finite(losses), loss])
     return found._replace(
-        edges=np.concatenate([starts[before], found.edges]),
+        edges=np.concatenate([starts, found.edges]),
         norms=np.concatenate([drawable(_finite(norms)), found.norms]),
-        bad=np.concatenate([~np.isfinite(norms), found.bad]),
+        bad=np.concatenate([np.isinf(norms), found.bad]),
         whole=np.concatenate([drawable(_finite(whole)), found.whole]),
         loss=loss,
         earlier=len(norms),
