@@ -13,7 +13,7 @@ from benchmarks.report import Section
 from benchmarks.results import Row
 
 TITLES = {
-    "step": "AdamW step,\nover no clipping",
+    "step": "AdamW step, over the\nsame without clipping",
     "alone": "The clip alone,\nover the limit",
     "compile": "Trace and compile,\nover Optax's global",
 }
@@ -32,9 +32,7 @@ def draw(rows: Sequence[Row], environment: Mapping[str, Any]) -> Figure:
 
     Filled dots are of gradients that are clipped, hollow ones of gradients that need nothing.
     """
-    found = {
-        suite: [part for part in report.sections(suite, rows) if _shown(suite, part)] for suite in TITLES
-    }
+    found = {suite: _sections(suite, rows) for suite in TITLES}
     found = {suite: parts for suite, parts in found.items() if parts}
     trees = list(dict.fromkeys(part.head[0] for parts in found.values() for part in parts))
     lines = {suite: _names(parts) for suite, parts in found.items()}
@@ -59,10 +57,22 @@ def draw(rows: Sequence[Row], environment: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _shown(suite: str, part: Section) -> bool:
-    """Whether a section is of ratios over what all in its panel are over."""
-    beside = suite == "step" and part.baseline in results.BESIDE
-    return part.baseline is not None and not beside
+def _sections(suite: str, rows: Sequence[Row]) -> list[Section]:
+    """The sections of ratios over what all in a panel are over; PyTorch's steps are over its own."""
+    parts = [part for part in report.sections(suite, rows) if part.baseline is not None]
+    if suite != "step":
+        return parts
+    own = {part.head: part.rows for part in parts if part.baseline == "torch_none"}
+    found = []
+    for part in parts:
+        if part.baseline not in results.BESIDE:
+            theirs = own.get(part.head, {})
+            shown = {
+                name: theirs.get(name) if name.startswith("torch_") else row
+                for name, row in part.rows.items()
+            }
+            found.append(part._replace(rows={name: row for name, row in shown.items() if row is not None}))
+    return found
 
 
 def _names(parts: Sequence[Section]) -> list[str]:

@@ -138,9 +138,8 @@ def _times(
     leaf: jax.Array, first: jax.Array, then: jax.Array, drop: bool, dtype: np.dtype | None
 ) -> jax.Array:
     real = jnp.float64 if jnp.finfo(leaf.dtype).bits == 64 else jnp.float32
-    if (
-        then.dtype == jnp.float64 and real == jnp.float32
-    ):  # beside float64 leaves; an infinity would make NaN of zeros
+    if then.dtype == jnp.float64 and real == jnp.float32:
+        # Beside float64 leaves a factor may be beyond float32, and an infinity would make NaN of zeros.
         then = jnp.minimum(then, float(jnp.finfo(real).max))
     product = times(times(widen(leaf, real), first.astype(real)), then.astype(real))
     if drop:
