@@ -128,7 +128,7 @@ def soft_clip_singular_values(
     | 1000 | 5e-5 | 20 % | 1e-3 |
 
     Too few iterations leave small singular values too small. None comes out above c by more than 1e-4 c; with
-    more than 20 iterations, and matrices of low rank far above c, 1e-3.
+    20 iterations and more, of matrices of low rank far above c, 1e-3.
 
     Leaves of ranks 0 and 1 are multiplied by $1 / \sqrt{1 + n^2 / c^2}$ with n their L2 norm, as a matrix of
     one column would be. Zeros stay zeros, an infinite c changes nothing and c = 0 gives zeros. Other ranks,
