@@ -62,16 +62,12 @@ def _sections(suite: str, rows: Sequence[Row]) -> list[Section]:
     parts = [part for part in report.sections(suite, rows) if part.baseline is not None]
     if suite != "step":
         return parts
-    own = {part.head: part.rows for part in parts if part.baseline == "torch_none"}
+    theirs = {part.head: part.rows for part in parts if part.baseline == "torch_none"}
     found = []
     for part in parts:
         if part.baseline not in results.BESIDE:
-            theirs = own.get(part.head, {})
-            shown = {
-                name: theirs.get(name) if name.startswith("torch_") else row
-                for name, row in part.rows.items()
-            }
-            found.append(part._replace(rows={name: row for name, row in shown.items() if row is not None}))
+            own = {name: row for name, row in part.rows.items() if not name.startswith("torch_")}
+            found.append(part._replace(rows=own | theirs.get(part.head, {})))
     return found
 
 

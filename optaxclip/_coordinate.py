@@ -147,11 +147,12 @@ def acclip(
         learned = times(momentum, number(b1, real)) + times(seen, rest(b1, real))
         momentum = jnp.where(known, learned, momentum)
         bound = jnp.where(known, power_mean(modulus(seen), bound, rest(b2, real), alpha), bound)
-        size = modulus(momentum) + number(eps, real)
+        length = modulus(momentum)
+        size = length + number(eps, real)
         outside = known & (bound < size) & (momentum != 0)
-        first = _first(modulus(momentum))
+        first = jnp.where(outside, _first(length), 1)
         by = jnp.where(outside, bound / jnp.where(outside, size * first, 1), 1)
-        clipped = times(times(momentum, jnp.where(outside, first, 1)), by)
+        clipped = times(times(momentum, first), by)
         return jnp.where(known, clipped, leaf), (momentum, bound), outside
 
     def init(params: PyTree) -> ACClipState:
@@ -364,7 +365,10 @@ def _learned(
 
 
 def _to_limit(leaf: jax.Array, peak: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The leaf with entries above the bound scaled so that the peak becomes it, and how many these were."""
+    """The leaf with entries above the bound scaled so that the peak becomes it, and how many these were.
+
+    It comes in its accumulation dtype, as `peak` does.
+    """
     wide = widen(jnp.asarray(leaf), real_dtype(leaf))
     # In the dtype of the bound, which is rounded to it: a peak is not outside of itself.
     outside = modulus(wide).astype(bound.dtype) > bound
@@ -372,5 +376,4 @@ def _to_limit(leaf: jax.Array, peak: jax.Array, bound: jax.Array) -> tuple[jax.A
     peak = jnp.where(peak > 0, peak, 1) * first
     scaled = times(times(wide, first), jnp.where(jnp.isfinite(bound), bound, 0) / peak)
     scaled = jnp.where(jnp.isfinite(wide), scaled, times(unit(wide), bound))
-    made = jnp.where(outside, scaled, wide).astype(jax.dtypes.canonicalize_dtype(leaf.dtype))
-    return made, count(outside)
+    return jnp.where(outside, scaled, wide), count(outside)

@@ -9,6 +9,7 @@ import optax
 from optaxclip import _checks, groups as _groups, norms as _norms, responses as _responses
 from optaxclip._apply import Nonfinite, apply, checked
 from optaxclip._base import Groups, Leaf, Norm, PyTree, Response, Stats, Table
+from optaxclip._learning import in_float32
 from optaxclip._partition import named_leaves, partition
 from optaxclip._split import AxisName
 from optaxclip.limits import LimitLike, as_limit
@@ -240,8 +241,7 @@ def _moved(limit: PerExampleQuantile, held: jax.Array, norms: jax.Array) -> jax.
     known = jnp.isfinite(norms) & (norms > 0)
     within = (norms <= held[None]).astype(jnp.float32)
     excess = jnp.mean(jnp.where(known, within - target, 0), axis=0)
-    least, most = float(jnp.finfo(jnp.float32).tiny), float(jnp.finfo(jnp.float32).max)
-    return jnp.clip(held * jnp.exp(-rate * excess), least, most)
+    return in_float32(held * jnp.exp(-rate * excess))
 
 
 def _noted(state: PerExampleState, stats: Stats) -> PerExampleState:

@@ -188,19 +188,25 @@ def _names(cells: Cells, columns: Any, taken: set[str | None], norm: str) -> dic
 def _guessed(cells: Cells, numeric: list[str], norm: str) -> dict[str, str]:
     plain = {c: c.split(" - ")[-1] for c in numeric}  # W&B puts the run before the name
     found = {c: name for c, name in plain.items() if not OTHERS.fullmatch(name)}
-    totals = [name for name in found.values() if TOTALS.fullmatch(name) and "norm" in name.lower()]
-    if totals:
-        # Beside a norm of all gradients stands any figure; of norms only those with a path's name are likely.
-        head = totals[0][: totals[0].rfind("/") + 1]
-        found = {c: name for c, name in found.items() if TOTALS.fullmatch(name) or _is_path(name, head)}
     for form in NORMS:
         matches = {c: match for c in numeric if (match := form.fullmatch(c))}
         if matches:
             _check_order(cells, matches, norm)
             found = {c: match["name"] for c, match in matches.items()}
             break
+    else:
+        found = _beside_total(found)
     parts = {c: name for c, name in found.items() if not TOTALS.fullmatch(name)}
     return parts or dict(list(found.items())[:1])
+
+
+def _beside_total(found: dict[str, str]) -> dict[str, str]:
+    """Beside a norm of all gradients stands any figure; those with a path's name may be norms of leaves."""
+    total = next((x for x in found.values() if TOTALS.fullmatch(x) and "norm" in x.lower()), None)
+    if total is None:
+        return found
+    head = total[: total.rfind("/") + 1]
+    return {c: name for c, name in found.items() if TOTALS.fullmatch(name) or _is_path(name, head)}
 
 
 def _is_path(name: str, head: str) -> bool:

@@ -141,8 +141,7 @@ def whole(axes: "Axes", shown: Shown) -> None:
         names.append(name)
 
     for mark, colour in zip(shown.limits, _colours(len(shown.limits)), strict=True):
-        line = _columns(mark.value, data) if mark.value.ndim else mark.value
-        line = np.where(np.isfinite(line), drawable(line), np.nan)
+        line = _columns(mark.value, data) if mark.value.ndim else drawable(mark.value)
         add(_stairs(axes, line, data, color=colour, ls="--", lw=1.3, zorder=4), mark.name)
     if shown.interval is not None and shown.after is None:
         add(axes.axhspan(*shown.interval, color="0.5", alpha=0.25, lw=0), "its interval")

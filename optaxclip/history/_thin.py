@@ -123,8 +123,8 @@ def rows_in_sight(data: Thin) -> tuple[Float[np.ndarray, "columns fewer"], Any, 
 
 
 def drawable(norms: np.ndarray) -> np.ndarray:
-    """Norms that have a place on a log scale; 0 and NaN stay."""
-    return np.where(norms > 0, np.clip(norms, *DRAWN), norms)
+    """Norms that have a place on a log scale; 0, infinity and NaN stay."""
+    return np.where((norms > 0) & (norms < np.inf), np.clip(norms, *DRAWN), norms)
 
 
 def _with_earlier(found: Thin, history: Any, place: np.ndarray) -> Thin:
